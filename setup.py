@@ -11,7 +11,10 @@ cfg = ini["DEFAULT"]
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    author=cfg["author"], license="Apache-2.0", python_requires=f">={cfg['min_python']}",
+    # pyproject.toml, which nbdev writes, calls all of these dynamic: each one left out here ends the installation.
+    author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0", keywords=cfg["keywords"].split(),
+    classifiers=["Development Status :: 3 - Alpha", f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3"],
+    python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["okadfa", "okadfa.*"]),
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

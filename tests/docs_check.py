@@ -36,6 +36,15 @@ def heading_id(text:str) -> str:
     text = re.sub(r"[^\w\s.\-]", "", text.lower())
     return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", text.strip())) or "section"
 
+def links_of(plain:str) -> list[tuple[str, str]]:
+    "(`!` for a picture, target) of every link in markdown without code: inline, by reference, or as HTML"
+    # A picture may itself be a link's text, so it is looked for first.
+    out = [("!", u) for u in re.findall(r"!\[[^\]]*\]\(<?([^)\s>]+)", plain)]
+    plain = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", plain)
+    out += [("", u) for u in re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)", plain)]
+    out += [("", u) for u in re.findall(r"^ {0,3}\[[^\]^]+\]:\s+<?([^\s>]+)", plain, flags=re.M)]
+    return out + [("!" if k == "src" else "", u) for k, u in re.findall(r"\b(href|src)=[\"']([^\"']+)", plain)]
+
 class Page:
     "A processed notebook: prose, outputs, the anchors it offers and the links and references it makes"
     def __init__(self, path:Path, root:Path):
@@ -61,9 +70,7 @@ class Page:
         plain = [without_code(p) for p in self.prose]
         self.labels += [x for p in plain for x in re.findall(r"\{[^}\n]*#((?:fig|sec|eq|tbl|lst)-[\w:-]+)", p)]
         self.refs = [x.rstrip(":-") for p in plain for x in re.findall(r"(?<![\w@\\])@((?:fig|sec|eq|tbl|lst)-[\w:-]+)", p)]
-        self.links = [m for p in plain for m in re.findall(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", p)]
-        self.links += [("", t, u) for p in plain for t, u in re.findall(r"^[ ]{0,3}(\[[^\]]+\]):\s+(\S+)", p, flags=re.M)]
-        self.links += [("!" if k == "src" else "", "", u) for p in plain for k, u in re.findall(r"\b(href|src)=[\"']([^\"']+)", p)]
+        self.links = links_of("\n\n".join(plain))
         self.anchors = self._anchors()
 
     def _anchors(self) -> set[str]:
@@ -106,7 +113,9 @@ def rendered(name:PurePosixPath, globs:list[str]) -> bool:
         if match: hit = not minus
     return hit
 
-def link_problem(page:Page, image:str, text:str, url:str, pages:dict, by_html:dict, root:Path, proc:Path) -> str|None:
+NO_ADDRESS = "nbdev's source link, which leads nowhere as long as git_url in settings.ini is empty"
+
+def link_problem(page:Page, url:str, pages:dict, by_html:dict, root:Path, proc:Path) -> str|None:
     "Why a link leads nowhere, or None"
     if re.match(r"[a-zA-Z][\w+.-]*:", url) or url.startswith("//"):
         if url.startswith("attachment:"): return None if url[11:] in page.attachments else f"no attachment {url[11:]}"
@@ -122,7 +131,7 @@ def link_problem(page:Page, image:str, text:str, url:str, pages:dict, by_html:di
         in_repo = (root/"nbs"/place).resolve()
         if (proc/place).is_file(): return None
         if in_repo.is_relative_to(root.resolve()) and in_repo.exists() and not target.startswith("/"): return None
-        if target.startswith("/blob/"): return "source link without a repository address (git_url is empty)"
+        if target.startswith("/blob/"): return NO_ADDRESS
         return "no such page or file"
     if not anchor or anchor in there.anchors: return None
     # nbdev links any `Class.method` or `_private` in prose to its page, whether or not the page gives it a heading.
@@ -157,11 +166,14 @@ def check_site(root:Path, proc:Path) -> Report:
     for name, p in pages.items():
         rep.images += p.images
         for e in p.errors: say(f"{name}: {e}")
-        for image, text, url in p.links:
+        sourceless = []
+        for image, url in p.links:
             rep.links += 1
             rep.images += bool(image)
-            why = link_problem(p, image, text, url, pages, by_html, root, proc)
-            if why: say(f"{name}: link to {url}: {why}")
+            why = link_problem(p, url, pages, by_html, root, proc)
+            if why == NO_ADDRESS: sourceless.append(url)
+            elif why: say(f"{name}: link to {url}: {why}")
+        if sourceless: say(f"{name}: {len(sourceless)} times {NO_ADDRESS}: {sourceless[0]}")
         for ref in p.refs:   # on a website quarto resolves them within one page only
             if ref not in p.labels: say(f"{name}: cross-reference @{ref} has no label on its page")
         for label in sorted({x for x in p.labels if p.labels.count(x) > 1}): say(f"{name}: label {label} is given twice")
@@ -174,33 +186,49 @@ def check_site(root:Path, proc:Path) -> Report:
         if str(name) not in pages: say(f"{name}: not processed"); continue
         for e in Page(f, root/"nbs").errors:
             if e not in pages[str(name)].errors: say(f"{name}: stored {e}")
+    if (root/"README.md").exists():
+        for image, url in links_of(without_code((root/"README.md").read_text(encoding="utf-8"))):
+            rep.links += 1
+            rep.images += bool(image)
+            path = unquote(url.partition("#")[0])
+            if path and not re.match(r"[a-zA-Z][\w+.-]*:", url) and not (root/path).exists(): say(f"README.md: link to {url}: no such file")
     return rep
 
 # ---- making the processed notebooks
 
-def process(root:Path) -> Path:
-    "Process the notebooks into `_proc` as nbdev does for quarto, without quarto: the nbdev commands would download it"
-    from nbdev.serve import proc_nbs
-    with warnings.catch_warnings(), contextlib.chdir(root):
-        warnings.simplefilter("ignore")
+def process(root:Path) -> tuple[Path, list[str]]:
+    """Process the notebooks into `_proc` as nbdev does for quarto, and say which cannot be.
+    Not by an nbdev command: those download quarto where it is missing."""
+    from nbdev import serve, serve_drv
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"   # for the workers: nbdev quotes every cell that holds an import and more
+    with contextlib.chdir(root), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         # All of them, always: a page whose notebook is gone must not stay.
-        return Path(proc_nbs(n_workers=2, force=True))
+        try: return Path(serve.proc_nbs(n_workers=2, force=True)), []
+        except Exception as e: first = e   # ends at the first notebook that fails, so the rest is tried here one by one
+        proc, bad = root/"_proc", []
+        for src in serve.nbglob(as_path=True):
+            dst = proc/src.absolute().relative_to((root/"nbs").absolute())
+            if dst.exists(): continue
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            try: serve_drv.main((src, dst, serve.FilterDefaults))
+            except Exception as e:   # whatever a cell raises
+                why, cell = e.__cause__ or e, re.search(r"in cell \d+ :\n(.*)", str(e))
+                bad.append(f"{dst.relative_to(proc)}: {type(why).__name__}: {str(why).splitlines()[0]}"
+                           + (f" in the cell {cell.group(1)!r}: for the pages nbdev runs cells that import, export or show_doc and no others, "
+                              "so keep imports in a cell of their own" if cell else ""))
+        return proc, bad or [f"the notebooks can be processed one by one but not together: {first}"]
 
 def main(root:Path, build:bool) -> int:
+    rep = Report()
     if build and shutil.which("quarto"):
-        cmd = [sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"]
-        if subprocess.run(cmd, cwd=root).returncode: print("docs: nbdev_docs failed"); return 1
-        print(f"docs: built, open {root.name}/_docs/index.html")
-        proc = root/"_proc"
+        done = subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=root).returncode == 0
+        if done: print("docs: the site is _docs/index.html")
+        proc, rep.problems = root/"_proc", [] if done else ["nbdev_docs failed"]
     else:
-        if build: print("docs: quarto is not on PATH, so the pages are not built; the processed notebooks are checked")
-        try: proc = process(root)
-        except Exception as e:   # whatever a notebook's cell raises
-            while e.__cause__ and type(e.__cause__).__name__ != "_RemoteTraceback": e = e.__cause__
-            print(f"docs: a notebook cannot be processed. For the pages nbdev runs cells with an import, an export or `show_doc`, "
-                  f"and no others, so such a cell must not need another's result.\n{e}")
-            return 1
-    rep = check_site(root, proc)
+        if build: print("docs: quarto is not on PATH, so no pages are made; the processed notebooks are checked")
+        proc, rep.problems = process(root)
+    if not rep.problems: rep = check_site(root, proc)
     for p in rep.problems: print(p)
     print(rep)
     return 1 if rep.problems else 0

@@ -163,3 +163,11 @@ def test_undocumented_names_are_found(tmp_path):
     path.write_text("__all__ = ['f', 'g', 'C', 'X']\nX = 3\ndef f(a): return a\ndef g(\n    a:int,   # how many\n    b=2,\n):\n"
                     "    'Do'\nclass C:\n    'Thing'\n    def __init__(self, a): pass\ndef _hidden(): pass\n")
     assert undocumented(path) == ["f: no docstring", "g: no comment on b"]
+
+# ---- packaging
+
+def test_setup_gives_all_that_pyproject_leaves_to_it(repo_copy):
+    "pyproject.toml, written by nbdev, names dynamic fields; setuptools refuses to install when setup.py forgets one"
+    r = subprocess.run([sys.executable, "setup.py", "--version"], cwd=repo_copy, env=clean_env(repo_copy), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-600:]
+    assert r.stdout.split()[-1] == re.search(r'__version__ = "(.*)"', (LIB/"__init__.py").read_text()).group(1)

@@ -97,6 +97,11 @@ class DFAHook:
         if l < len(self.blocks) - 1: return None
         return self.broadcast(out) if self.site == "hidden" else out.detach().requires_grad_()
 
+    @property
+    def waiting(self) -> bool:
+        "Whether all blocks have run and the error is still to be broadcast (site='caller', with gradients)"
+        return self.site == "caller" and len(self.outputs) == len(self.blocks)
+
     def broadcast(self,
         x:Tensor,       # the tensor whose gradient is the error delta: [b n d_final]
     ) -> Tensor:        # x itself; its backward sends B_l delta to block l

@@ -9,7 +9,6 @@ __all__ = ['linear_cross_entropy_ref', 'wide', 'logits_to_error_', 'linear_cross
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from ..core import InputError
 
 # %% ../../nbs/models/49_head.ipynb #c0000005
@@ -42,7 +41,8 @@ def logits_to_error_(
     for x, t, l in zip(z.split(rows), targets[:, None].split(rows), loss.split(rows)):
         logp = torch.log_softmax(x, 1, dtype=l.dtype)
         torch.neg(logp.gather(1, t), out=l)
-        if error: x.copy_(logp.exp_()).scatter_(1, t, torch.expm1(-l).to(x.dtype))
+        if error: torch.exp(logp, out=x).scatter_(1, t, torch.expm1(-l).to(x.dtype))
+        del logp   # before the next one is made
     return loss[:, 0]
 
 # %% ../../nbs/models/49_head.ipynb #c000000e
@@ -75,8 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()*scale
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        # Gradients are enabled here only under create_graph=True; what the forward kept has no graph behind it.
+        if torch.is_grad_enabled(): raise InputError("no second derivative here: use linear_cross_entropy_ref with create_graph=True")
         dh, dw, do, scale = ctx.saved_tensors
         dh, dw, do = (None if x is None else x*(g*scale) for x in (dh, dw, do))
         return dh, None if dw is None else dw.to(ctx.weight_dtype), do, *(None,)*7
@@ -91,7 +92,7 @@ def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs
     if targets.shape != h.shape[:-1]: raise InputError(f"need one target a position {list(h.shape[:-1])}, got {list(targets.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise InputError(f"targets must be integers, got {targets.dtype}")
-    if dtype == h.dtype != weight.dtype:
+    if dtype is None and h.dtype != weight.dtype:
         raise InputError(f"h is {h.dtype}, weight is {weight.dtype}: cast one, or call under torch.autocast")
     if (feedback is None) != (outputs is None): raise InputError("feedback and outputs go together: give both or neither")
     if outputs is not None and outputs.shape[:-1] != targets.shape:
@@ -116,15 +117,15 @@ def linear_cross_entropy(
 ) -> Tensor:                      # scalar, or [...] for "none"; at least float32
     """Equal to `linear_cross_entropy_ref` in value and gradient, with the logits of one chunk in memory.
     Raises InputError for shapes or types that do not fit, `chunk` < 1, a target outside the vocabulary (checked on the CPU only)
-    and a gradient through reduction="none". First-order gradients only."""
-    device, dtype = h.device.type, h.dtype
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    and a gradient through reduction="none" or a second derivative."""
+    device = h.device.type   # autocast leaves float64 alone
+    autocast = h.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else None
     _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs, dtype)
     grad = torch.is_grad_enabled()   # inside a Function's forward it is always off
     if reduction == "none" and grad and any(x is not None and x.requires_grad for x in (h, weight, outputs)):
         raise InputError('reduction="none" has no gradient here: use "mean" or "sum", or call under torch.no_grad()')
     t = targets.flatten().long(); ignored = t == ignore_index
     loss = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, None if outputs is None else outputs.flatten(0, -2), feedback,
-        t.masked_fill(ignored, 0), ignored, chunk, reduction, dtype, grad)
+        t.masked_fill(ignored, 0), ignored, chunk, reduction, dtype or h.dtype, grad)
     return loss.view(targets.shape) if reduction == "none" else loss

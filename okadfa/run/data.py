@@ -22,7 +22,8 @@ from ..spectral.bytes import ByteEncoder
 def embedded_corpus() -> dict[str, bytes]:
     "Python's own manual, 90% train and 10% valid by position, cut between two characters"
     try: from pydoc_data.topics import topics
-    except ImportError: raise InputError("this Python has no pydoc_data module; pass a folder with train.txt and valid.txt") from None
+    except ImportError:
+        raise InputError("this Python has no pydoc_data module; pass a folder with train.txt and valid.txt") from None
     data = "\n\n".join(topics[k] for k in sorted(topics)).encode()
     cut = len(data)*9//10
     while data[cut] & 0b1100_0000 == 0b1000_0000: cut += 1    # 10xxxxxx continues a character
@@ -33,7 +34,7 @@ _safe_cut = re.compile(r"(?<=[!-~])(?=[ \n])")   # after a visible ASCII charact
 
 def pieces(
     text:str,
-    size:int=1<<20,       # least length of a piece (characters); the last may be shorter
+    size:int=1<<17,       # least length of a piece (characters); the last may be shorter
 ) -> Iterator[str]:       # their concatenation is `text`
     "Cut a long text where GPT-2's pattern always ends a piece"
     start = 0
@@ -101,7 +102,7 @@ def hub_reachable(
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try: urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError: pass                       # an answer, whatever it says
-    except urllib.error.URLError as e: return isinstance(e.reason, ssl.SSLError)   # reached; the hub's client has its own certificates
+    except urllib.error.URLError as e: return isinstance(e.reason, ssl.SSLError)   # reached; the client has its own certificates
     except OSError: return False
     return True
 
@@ -130,10 +131,11 @@ def load_tokenizer(
     folder, kwargs = Path(spec).expanduser(), {}
     local = folder.is_dir()
     if local:
-        if not any((folder/f).is_file() for f in _tokenizer_files):
+        has = lambda *names: any((folder/f).is_file() for f in names)
+        if not has(*_tokenizer_files):
             raise InputError(f"no tokenizer files in {folder}; it needs tokenizer.json, or vocab.json with merges.txt")
         # The two files of GPT-2's release do not say which kind of tokenizer they are.
-        if (folder/"merges.txt").is_file() and not any((folder/f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "config.json")):
+        if has("merges.txt") and not has("tokenizer.json", "tokenizer_config.json", "config.json"):
             kwargs = dict(tokenizer_type="gpt2")
     elif folder.is_absolute() or str(spec).startswith((".", "~")) or str(spec).count("/") > 1 or not str(spec):
         raise InputError(f"no folder {spec}; a tokenizer is 'bytes', a folder with tokenizer files, or a hub name such as 'gpt2'")
@@ -187,25 +189,23 @@ def _replace(path:Path, write):
         os.replace(name, path)
     except BaseException: os.unlink(name); raise
 
-def _cached(folder:Path, key:str) -> np.ndarray|None:
-    "The tokens stored under `key`, or None where there are none or they are damaged"
-    try:
-        seal = json.loads((folder/f"{key}.json").read_text())
-        tokens = np.load(folder/f"{key}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError): return None      # missing, truncated, or not what its name says
-    sound = isinstance(seal, dict) and seal == _seal(tokens)
-    return tokens if sound else None
-
 def _seal(tokens:np.ndarray) -> dict: return dict(n=len(tokens), dtype=str(tokens.dtype), crc32=zlib.crc32(tokens))
 
+def _cached(folder:Path, key:str, dtype:np.dtype) -> np.ndarray|None:
+    "The tokens stored under `key`, or None where there are none or they are damaged"
+    try: seal, tokens = json.loads((folder/f"{key}.json").read_text()), np.memmap(folder/f"{key}.bin", dtype, mode="r")
+    except (OSError, ValueError): return None      # missing, empty, or not of that type
+    return tokens if seal == _seal(tokens) else None
+
 def _store(folder:Path, key:str, tokens:np.ndarray) -> np.ndarray:
-    "Store tokens; a file that cannot be written is the user's to mend"
+    "Write the tokens, then their seal, and map them"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder/f"{key}.npy", lambda f: np.save(f, tokens, allow_pickle=False))
+        _replace(folder/f"{key}.bin", tokens.tofile)
         _replace(folder/f"{key}.json", lambda f: f.write(json.dumps(_seal(tokens)).encode()))
-        return np.load(folder/f"{key}.npy", mmap_mode="r", allow_pickle=False)
-    except OSError as e: raise InputError(f"cannot keep tokens in {folder} ({e.strerror or e}); pass another folder as cache") from e
+        return np.memmap(folder/f"{key}.bin", tokens.dtype, mode="r")
+    except OSError as e:
+        raise InputError(f"cannot keep tokens in {folder} ({e.strerror or e}); pass another folder as cache") from e
 
 # %% ../../nbs/run/60_data.ipynb #c0000018
 _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "validation.txt", "wiki.valid.tokens"),
@@ -227,55 +227,56 @@ def _read_hub(name:str) -> dict[str, bytes]:
         if online: ds = load()
         else:
             with _hub_offline(): ds = load()
-        return {k: join_rows(ds[theirs]["text"]) for k, theirs in dict(train="train", valid="validation", test="test").items()}
+        return {k: join_rows(ds["validation" if k == "valid" else k]["text"]) for k in _files}
     except Exception as e:      # the libraries below raise a dozen kinds: network, parsing, a missing package
         why = _first_line(e) if online else "it cannot be reached"
         raise InputError(f"no {name} from the Hugging Face Hub ({why}); "
                          "download it elsewhere and pass --data DIR with train.txt, valid.txt, test.txt") from e
 
-def _read_folder(folder:Path) -> dict[str, bytes]:
+def _read_folder(folder:Path) -> dict[str, tuple[str, bytes]]:
     found = {k: next((folder/f for f in names if (folder/f).is_file()), None) for k, names in _files.items()}
     for k in ("train", "valid"):
         if found[k] is None: raise InputError(f"no {k} text in {folder}; it needs a file {' or '.join(_files[k])}")
-    try: return {p: p.read_bytes() for k, p in found.items() if p}, {p: k for k, p in found.items() if p}
+    try: return {k: (str(p), p.read_bytes()) for k, p in found.items() if p}
     except OSError as e: raise InputError(f"cannot read {e.filename}: {e.strerror}") from e
 
+def _read(data:str|Path) -> tuple[str, dict[str, tuple[str, bytes]]]:
+    "The corpus's name, and for each split where it came from (for messages) and its bytes"
+    folder = Path(data).expanduser()
+    if str(data) != "embedded" and folder.is_dir(): return folder.resolve().name, _read_folder(folder)
+    if str(data) == "embedded": texts = embedded_corpus()
+    elif str(data) in _hub: texts = _read_hub(str(data))
+    else: raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or one of: embedded, {', '.join(_hub)}")
+    return str(data), {k: (f"{data} {k}", b) for k, b in texts.items()}
+
 def load_corpus(
-    data:str|Path="embedded",     # "embedded", a folder with train.txt, valid.txt (and test.txt), "wikitext-2" or "wikitext-103"
+    data:str|Path="embedded",     # "embedded", a folder with train.txt and valid.txt, "wikitext-2" or "wikitext-103"
     tokenizer:str|Path="bytes",   # for `load_tokenizer`
     cache:str|Path|None=None,     # folder for the tokens; None: `cache_folder()`
 ) -> Corpus:
     "Text to tokens, kept on disk. Raises InputError, with nothing written, for text or tokenizers that cannot be used."
-    folder = Path(data).expanduser()
-    if str(data) == "embedded": name, texts = "embedded", embedded_corpus()
-    elif folder.is_dir(): name, texts = folder.resolve().name, None
-    elif str(data) in _hub: name, texts = str(data), _read_hub(str(data))
-    else: raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or one of: embedded, {', '.join(_hub)}")
-    label = {k: f"{name} {k}" for k in texts} if texts else {}
-    if texts is None:
-        by_path, names = _read_folder(folder)
-        texts, label = {names[p]: b for p, b in by_path.items()}, {k: str(p) for p, k in names.items()}
-    for k, b in texts.items():
-        if not b: raise InputError(f"{label[k]} is empty; put the text there")
+    name, texts = _read(data)
+    for where, b in texts.values():
+        if not b: raise InputError(f"{where} is empty; put the text there")
     tok = load_tokenizer(tokenizer)
     cache = cache_folder() if cache is None else Path(cache).expanduser()
-    sha = {k: hashlib.sha256(b).hexdigest() for k, b in texts.items()}
+    sha = {k: hashlib.sha256(b).hexdigest() for k, (_, b) in texts.items()}
     key = {k: hashlib.sha256(f"{s} {tok.fingerprint}".encode()).hexdigest() for k, s in sha.items()}
-    tokens = {k: _cached(cache, key[k]) for k in texts}
+    tokens = {k: _cached(cache, key[k], token_dtype(tok.vocab_size)) for k in texts}
     missing = [k for k in texts if tokens[k] is None]
     for k in missing:        # all are encoded before any is written
-        try: tokens[k] = tok.encode(texts[k])
-        except InputError as e: raise InputError(f"{label[k]}: {e}") from None
+        try: tokens[k] = tok.encode(texts[k][1])
+        except InputError as e: raise InputError(f"{texts[k][0]}: {e}") from None
     for k in missing: tokens[k] = _store(cache, key[k], tokens[k])
-    return Corpus(name, tok, {k: Split(tokens[k], len(b), count_words(b), sha[k]) for k, b in texts.items()})
+    return Corpus(name, tok, {k: Split(tokens[k], len(b), count_words(b), sha[k]) for k, (_, b) in texts.items()})
 
 # %% ../../nbs/run/60_data.ipynb #c0000020
-def _sizes(**sizes):
-    "Refuse what is not a whole number of at least 1"
+def _whole(least:int, **sizes):
+    "Refuse what is not a whole number of at least `least`"
     for name, v in sizes.items():
-        try: ok = operator.index(v) >= 1 and not isinstance(v, bool)
+        try: ok = operator.index(v) >= least and not isinstance(v, bool)
         except TypeError: ok = False
-        if not ok: raise InputError(f"{name} must be a whole number of at least 1, got {v!r}")
+        if not ok: raise InputError(f"{name} must be a whole number of at least {least}, got {v!r}")
 
 class TrainWindows(torch.utils.data.Dataset):
     "`n_samples` windows at random starts, each a function of (seed, i) alone"
@@ -285,7 +286,7 @@ class TrainWindows(torch.utils.data.Dataset):
         n_samples:int,     # its length as a dataset
         seed:int=0,        # not negative
     ):                     # Raises InputError for a text shorter than seq_len + 1 tokens
-        _sizes(seq_len=seq_len, n_samples=n_samples, seed_plus_1=seed + 1)
+        _whole(1, seq_len=seq_len, n_samples=n_samples); _whole(0, seed=seed)
         if len(split.tokens) < seq_len + 1:
             raise InputError(f"the text has {len(split.tokens)} tokens and a window of {seq_len} needs {seq_len + 1}; "
                              "use a longer text or a smaller seq_len")
@@ -315,7 +316,7 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:   # ids, targets [b n], int64; targets not to be counted are -100
     "Windows in which every token of the split is a target exactly once. Raises InputError at once for bad sizes."
     stride = seq_len if stride is None else stride
-    _sizes(seq_len=seq_len, batch_size=batch_size, stride=stride)
+    _whole(1, seq_len=seq_len, batch_size=batch_size, stride=stride); _whole(0, bos_id=bos_id)
     if stride > seq_len: raise InputError(f"stride {stride} would skip tokens; use 1 to {seq_len} (seq_len)")
     tokens, n = split.tokens, len(split.tokens)
     n_windows = 1 + max(0, math.ceil((n - seq_len)/stride))
