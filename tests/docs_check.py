@@ -1,7 +1,8 @@
 """Check the documentation site: `python tests/docs_check.py [--build]`
 
 With `--build` and quarto on PATH the site is built by nbdev_docs first. Without, the notebooks are processed as nbdev does
-for quarto and what they hold is checked: sidebar, links, cross-references, pictures, errors. One line per problem, exit code 1."""
+for quarto, and what they hold is checked: sidebar, links, cross-references, pictures and
+errors. One line per problem, exit code 1."""
 import argparse, contextlib, fnmatch, json, os, re, shutil, subprocess, sys, warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -54,18 +55,19 @@ class Page:
         self.labels, self.attachments, self.pictures_of = [], set(), {}
         for i, c in enumerate(self.cells):
             src = joined(c["source"])
-            if c["cell_type"] == "raw" and src.lstrip().startswith("---"): self.front |= yaml.safe_load(src.strip().strip("-")) or {}
+            if c["cell_type"] == "raw" and src.startswith("---"): self.front |= yaml.safe_load(src.strip().strip("-")) or {}
             if c["cell_type"] == "markdown": self.prose.append(src); self.attachments |= set(c.get("attachments", {}))
             if c["cell_type"] != "code": continue
             outs = c.get("outputs", [])
-            pictures = sum(any(k.startswith("image/") for k in o.get("data", {})) or "<svg" in joined(o.get("data", {}).get("text/html", ""))
-                           for o in outs)
+            shown = [o.get("data", {}) for o in outs]
+            pictures = sum(any(k.startswith("image/") for k in d) or "<svg" in joined(d.get("text/html", "")) for d in shown)
             self.images += pictures
             for label in re.findall(r"^\s*#\s*\|\s*label\s*:\s*[\"']?([\w:-]+)", src, flags=re.M):
                 self.labels.append(label); self.pictures_of[label] = pictures
             for o in outs:
                 self.prose.append(joined(o.get("data", {}).get("text/markdown", "")))
-                if o["output_type"] == "error": self.errors.append(f"cell {i} holds an error, {o.get('ename')}: {o.get('evalue')}")
+                if o["output_type"] != "error": continue
+                self.errors.append(f"cell {i} holds an error, {o.get('ename')}: {o.get('evalue')}")
         self.html = str(self.name.with_name(self.front.get("output-file", f"{self.name.stem}.html")))
         plain = [without_code(p) for p in self.prose]
         self.labels += [x for p in plain for x in re.findall(r"\{[^}\n]*#((?:fig|sec|eq|tbl|lst)-[\w:-]+)", p)]
@@ -113,7 +115,7 @@ def rendered(name:PurePosixPath, globs:list[str]) -> bool:
         if match: hit = not minus
     return hit
 
-NO_ADDRESS = "nbdev's source link, which leads nowhere as long as git_url in settings.ini is empty"
+NO_ADDRESS = "nbdev's `source` links lead nowhere as long as git_url in settings.ini is empty"
 
 def link_problem(page:Page, url:str, pages:dict, by_html:dict, root:Path, proc:Path) -> str|None:
     "Why a link leads nowhere, or None"
@@ -153,7 +155,8 @@ def check_site(root:Path, proc:Path) -> Report:
     if len(by_html) < len(pages): say("two notebooks make the same page")
 
     sidebars = site.get("sidebar") or {}
-    named = [t for s in (sidebars if isinstance(sidebars, list) else [sidebars]) for t in sidebar_targets(s.get("contents") or [])]
+    sidebars = sidebars if isinstance(sidebars, list) else [sidebars]
+    named = [t for s in sidebars for t in sidebar_targets(s.get("contents") or [])]
     bar = site.get("navbar") or {}
     extra = [t for side in ("left", "right") for t in sidebar_targets(bar.get(side) or [])] if isinstance(bar, dict) else []
     for t in named + extra:
@@ -173,13 +176,13 @@ def check_site(root:Path, proc:Path) -> Report:
             why = link_problem(p, url, pages, by_html, root, proc)
             if why == NO_ADDRESS: sourceless.append(url)
             elif why: say(f"{name}: link to {url}: {why}")
-        if sourceless: say(f"{name}: {len(sourceless)} times {NO_ADDRESS}: {sourceless[0]}")
+        if sourceless: say(f"{name}: {NO_ADDRESS} ({len(sourceless)} of them, {sourceless[0]} ...)")
         for ref in p.refs:   # on a website quarto resolves them within one page only
             if ref not in p.labels: say(f"{name}: cross-reference @{ref} has no label on its page")
         for label in sorted({x for x in p.labels if p.labels.count(x) > 1}): say(f"{name}: label {label} is given twice")
         for label, n in p.pictures_of.items():
             if label.startswith("fig-") and not n: say(f"{name}: the cell labelled {label} holds no image")
-        if p.name.parts[0] == "figures" and p.name.name.startswith("fig_") and not p.images: say(f"{name}: a figure notebook without an image")
+        if name.startswith("figures/fig_") and not p.images: say(f"{name}: a figure notebook without an image")
     for f in sorted((root/"nbs").rglob("*.ipynb")):   # hidden cells do not reach the processed page
         name = f.relative_to(root/"nbs")
         if any(part[0] in "._" for part in name.parts): continue
@@ -191,7 +194,8 @@ def check_site(root:Path, proc:Path) -> Report:
             rep.links += 1
             rep.images += bool(image)
             path = unquote(url.partition("#")[0])
-            if path and not re.match(r"[a-zA-Z][\w+.-]*:", url) and not (root/path).exists(): say(f"README.md: link to {url}: no such file")
+            elsewhere = re.match(r"[a-zA-Z][\w+.-]*:", url)
+            if path and not elsewhere and not (root/path).exists(): say(f"README.md: link to {url}: no such file")
     return rep
 
 # ---- making the processed notebooks
@@ -200,7 +204,6 @@ def process(root:Path) -> tuple[Path, list[str]]:
     """Process the notebooks into `_proc` as nbdev does for quarto, and say which cannot be.
     Not by an nbdev command: those download quarto where it is missing."""
     from nbdev import serve, serve_drv
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"   # for the workers: nbdev quotes every cell that holds an import and more
     with contextlib.chdir(root), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         # All of them, always: a page whose notebook is gone must not stay.
@@ -215,14 +218,17 @@ def process(root:Path) -> tuple[Path, list[str]]:
             except Exception as e:   # whatever a cell raises
                 why, cell = e.__cause__ or e, re.search(r"in cell \d+ :\n(.*)", str(e))
                 bad.append(f"{dst.relative_to(proc)}: {type(why).__name__}: {str(why).splitlines()[0]}"
-                           + (f" in the cell {cell.group(1)!r}: for the pages nbdev runs cells that import, export or show_doc and no others, "
-                              "so keep imports in a cell of their own" if cell else ""))
+                           + (f" in the cell {cell.group(1)!r}: for the pages nbdev runs cells that import, export or show_doc "
+                              "and no others, so keep imports in a cell of their own" if cell else ""))
         return proc, bad or [f"the notebooks can be processed one by one but not together: {first}"]
 
 def main(root:Path, build:bool) -> int:
     rep = Report()
+    # For nbdev's workers: it quotes every cell that holds an import and more, and two workers with all the cores each are slower.
+    os.environ.update(PYTHONWARNINGS="ignore::UserWarning", OMP_NUM_THREADS="1")
     if build and shutil.which("quarto"):
-        done = subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=root).returncode == 0
+        r = subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=root)
+        done = r.returncode == 0
         if done: print("docs: the site is _docs/index.html")
         proc, rep.problems = root/"_proc", [] if done else ["nbdev_docs failed"]
     else:

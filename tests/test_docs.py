@@ -5,7 +5,8 @@ import docs_check
 from conftest import clean_env
 
 def test_site_of_the_repository(repo_copy):
-    r = subprocess.run([sys.executable, "tests/docs_check.py"], cwd=repo_copy, env=clean_env(repo_copy), capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "tests/docs_check.py"], cwd=repo_copy, env=clean_env(repo_copy),
+                       capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr[-3000:]
     assert r.stdout.splitlines()[-1].startswith("docs: ")
 
@@ -15,9 +16,11 @@ PNG = dict(output_type="display_data", data={"image/png": "iVBORw0KGgo=", "text/
 
 def md(text): return dict(cell_type="markdown", metadata={}, source=text.splitlines(True))
 
-def code(text, *outputs): return dict(cell_type="code", metadata={}, source=text.splitlines(True), outputs=list(outputs), execution_count=None)
+def code(text, *outputs):
+    return dict(cell_type="code", metadata={}, source=text.splitlines(True), outputs=list(outputs), execution_count=None)
 
-def front(output): return dict(cell_type="raw", metadata={}, source=["---\n", f"output-file: {output}\n", "title: A page\n", "\n", "---\n"])
+def front(output):
+    return dict(cell_type="raw", metadata={}, source=["---\n", f"output-file: {output}\n", "title: A page\n", "\n", "---\n"])
 
 SITE = """
 project:
@@ -35,16 +38,20 @@ website:
 
 def pages():
     "Processed notebooks of a sound site, with every kind of link"
-    showdoc = dict(output_type="display_data", data={"text/markdown": ["---\n", "\n", "### favor_attention\n", "\n", "*Linear*"]}, metadata={})
+    showdoc = dict(output_type="display_data", data={"text/markdown": ["---\n", "\n", "### favor_attention\n", "\n", "*Linear*"]})
     return {
-        "index.ipynb": [front("index.html"), md("## Start here\n\nSee [the features](attention/10_favor.ipynb#positive-features-of-q-and-k), "
+        "index.ipynb": [front("index.html"), md("## Start here\n\n"
+            "See [the features](attention/10_favor.ipynb#positive-features-of-q-and-k), "
             "[`favor_attention`](/attention/favor.html#favor_attention), [`Favor.redraw`](/attention/favor.html#favor.redraw), "
-            "[data](../results/rows.jsonl), [elsewhere](https://example.org/a#b), [above](#start-here) and `[no](link.ipynb)`.\n\n"
+            "[data](../results/rows.jsonl), [elsewhere](https://example.org/a#b), [above](#start-here), "
+            "and `[no](link.ipynb)`.\n\n"
             "```python\nx = a[0](b)  # [no](no.ipynb) @fig-no\n```\n\n| [table](figures/fig_a.ipynb) | $f[x](y)$ |\n")],
-        "attention/10_favor.ipynb": [front("favor.html"), md("## Positive features of `q` and $k$\n\n$$y = x$$ {#eq-y}\n\nFrom @eq-y and @fig-rows, "
+        "attention/10_favor.ipynb": [front("favor.html"),
+            md("## Positive features of `q` and $k$\n\n$$y = x$$ {#eq-y}\n\nFrom @eq-y and @fig-rows, "
             "mail a@fig.org. [home](../index.ipynb) [site](/) [there](../figures/fig_a.html#again-1)\n\n![one](picture.png)"),
             code("show_doc(favor_attention)", showdoc), code("#| label: fig-rows\n#| fig-cap: Rows\nplot()", PNG)],
-        "figures/fig_a.ipynb": [front("fig_a.html"), md("## Again {#own}\n\n## Again\n\n## Again\n\n[x](#own) [y](#again)"), code("plot()", PNG)],
+        "figures/fig_a.ipynb": [front("fig_a.html"),
+            md("## Again {#own}\n\n## Again\n\n## Again\n\n[x](#own) [y](#again)"), code("plot()", PNG)],
     }
 
 def write(root, cells_of, yml=SITE, sources=None):
@@ -80,7 +87,8 @@ def test_sound_site_passes(tmp_path):
     ("![x](gone.png)", "link to gone.png"), ("![x](attachment:gone.png)", "no attachment"),
     ("[![x](gone.png)](index.ipynb)", "link to gone.png"), ("[x]\n\n[x]: gone.ipynb", "link to gone.ipynb"),
     ('<img src="gone.png">', "link to gone.png"),
-    ("see @fig-gone", "@fig-gone has no label"), ("see [-@sec-gone]", "@sec-gone has no label"), ("by @eq-gone.", "@eq-gone has no label"),
+    ("see @fig-gone", "@fig-gone has no label"), ("see [-@sec-gone]", "@sec-gone has no label"),
+    ("by @eq-gone.", "@eq-gone has no label"),
     ("see @fig-rows", "@fig-rows has no label on its page"),                   # labelled on another page
     ("$$a$$ {#eq-a}\n\n$$b$$ {#eq-a}", "eq-a is given twice"),
 ])
@@ -91,7 +99,7 @@ def test_faults_in_prose_are_found(tmp_path, text, said):
     assert len(rep.problems) == 1 and said in rep.problems[0], rep.problems
     assert rep.problems[0].startswith("index.ipynb: ")
 
-def without(site, name): return {k: v for k, v in site.items() if k != name}
+def plus(site, cell): return site | {"index.ipynb": site["index.ipynb"] + [cell]}
 
 ERROR = dict(output_type="error", ename="ValueError", evalue="no", traceback=[])
 
@@ -100,11 +108,10 @@ ERROR = dict(output_type="error", ename="ValueError", evalue="no", traceback=[])
     (lambda s: s, SITE.replace("[figures/fig_a.ipynb]", "[]"), "figures/fig_a.ipynb: not in the sidebar"),
     (lambda s: s, SITE.replace(', "/figures/*.ipynb"', ""), "figures/fig_a.ipynb: no render glob"),
     (lambda s: s, SITE.replace("- index.ipynb", "- index.ipynb\n      - index.ipynb"), "in the sidebar twice"),
-    (lambda s: without(s, "index.ipynb"), SITE.replace("- index.ipynb\n", "- attention/10_favor.ipynb\n").replace("[attention/10_favor.ipynb]", "[]"),
-     "index.ipynb: missing"),
-    (lambda s: s | {"figures/fig_a.ipynb": s["figures/fig_a.ipynb"][:-1]}, SITE, "figures/fig_a.ipynb: a figure notebook without an image"),
-    (lambda s: s | {"index.ipynb": s["index.ipynb"] + [code("#| label: fig-x\nplot()")]}, SITE, "the cell labelled fig-x holds no image"),
-    (lambda s: s | {"index.ipynb": s["index.ipynb"] + [code("1/0", ERROR)]}, SITE, "index.ipynb: cell 2 holds an error, ValueError: no"),
+    (lambda s: {k: s[k] for k in s if k != "index.ipynb"}, SITE.replace("      - index.ipynb\n", ""), "index.ipynb: missing"),
+    (lambda s: s | {"figures/fig_a.ipynb": s["figures/fig_a.ipynb"][:-1]}, SITE, "a figure notebook without an image"),
+    (lambda s: plus(s, code("#| label: fig-x\nplot()")), SITE, "the cell labelled fig-x holds no image"),
+    (lambda s: plus(s, code("1/0", ERROR)), SITE, "index.ipynb: cell 2 holds an error, ValueError: no"),
 ])
 def test_faults_of_the_site_are_found(tmp_path, change, yml, said):
     rep = write(tmp_path, change(pages()), yml)
@@ -123,13 +130,23 @@ def test_front_page_links_count(tmp_path):
     (tmp_path/"README.md").write_text("![picture](docs/gone.png)")
     assert docs_check.check_site(tmp_path, tmp_path/"_proc").problems == ["README.md: link to docs/gone.png: no such file"]
 
-@pytest.mark.parametrize("heading, name", [("Why the query's scale?", "why-the-querys-scale"), ("1. First_step - now", "first_step---now"),
+@pytest.mark.parametrize("heading, name", [
+    ("Why the query's scale?", "why-the-querys-scale"), ("1. First_step - now", "first_step---now"),
     ("`FavorState.step`", "favorstate.step"), ("A [link](x.html) here", "a-link-here"), ("3", "section")])
 def test_heading_ids_follow_pandoc(heading, name): assert docs_check.heading_id(heading) == name
 
 # ---- the command
 
-PROJECT = "[DEFAULT]\nrepo = made\nlib_name = made\nuser = made\nnbs_path = nbs\nlib_path = made\ndoc_host =\ndoc_baseurl = /\ngit_url =\n"
+PROJECT = """[DEFAULT]
+repo = made
+lib_name = made
+user = made
+nbs_path = nbs
+lib_path = made
+doc_host =
+doc_baseurl = /
+git_url =
+"""
 
 def command(root, cells_of):
     "Exit code and lines of the check as a command, on a project with these notebooks"
@@ -147,11 +164,13 @@ def command(root, cells_of):
     return r.returncode, r.stdout.splitlines()
 
 def test_command_says_what_it_counted(tmp_path):
-    good = {"index.ipynb": [md("# Made\n\n> up"), md("## Here\n\n[x](00_a.ipynb)")], "00_a.ipynb": [md("# A\n\n> b"), md("[h](index.ipynb#here)")]}
+    good = {"index.ipynb": [md("# Made\n\n> up"), md("## Here\n\n[x](00_a.ipynb)")],
+            "00_a.ipynb": [md("# A\n\n> b"), md("[h](index.ipynb#here)")]}
     assert command(tmp_path/"good", good) == (0, ["docs: 2 pages, 2 links, 0 images, 0 problems"])
 
 def test_command_names_every_notebook_that_cannot_be_processed(tmp_path):
     mixed = [md("# A\n\n> b"), code("x = 1"), code("import json\nx + 1"), code("#| export\ndef f(): pass")]
     rc, lines = command(tmp_path/"bad", {"index.ipynb": [md("# Made\n\n> up")], "00_a.ipynb": mixed, "01_b.ipynb": mixed})
     assert rc == 1 and lines[-1].endswith("2 problems")
-    assert [s.split(":")[0] for s in lines[:-1]] == ["00_a.ipynb", "01_b.ipynb"] and all("NameError: name 'x'" in s for s in lines[:-1])
+    assert [s.split(":")[0] for s in lines[:-1]] == ["00_a.ipynb", "01_b.ipynb"]
+    assert all("NameError: name 'x'" in s for s in lines[:-1])

@@ -69,7 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses.masked_fill_(ignored, 0)
         if reduction == "none": return losses
         # A mean over no tokens is 0 with zero gradients: 0/1, not 0/0.
-        scale = (~ignored).sum().clamp_min(1).to(losses.dtype).reciprocal() if reduction == "mean" else losses.new_ones(())
+        scale = losses.new_ones(())
+        if reduction == "mean": scale = scale/(~ignored).sum().clamp_min(1)
         ctx.save_for_backward(dh, dw, do, scale)
         ctx.weight_dtype = weight.dtype
         return losses.sum()*scale
@@ -89,7 +90,8 @@ def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs
     if reduction not in ("mean", "sum", "none"): raise InputError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if weight.ndim != 2 or h.ndim < 2 or h.shape[-1] != weight.shape[1]:
         raise InputError(f"need h [... d] and weight [v d], got {list(h.shape)} and {list(weight.shape)}")
-    if targets.shape != h.shape[:-1]: raise InputError(f"need one target a position {list(h.shape[:-1])}, got {list(targets.shape)}")
+    if targets.shape != h.shape[:-1]:
+        raise InputError(f"need one target a position {list(h.shape[:-1])}, got {list(targets.shape)}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise InputError(f"targets must be integers, got {targets.dtype}")
     if dtype is None and h.dtype != weight.dtype:

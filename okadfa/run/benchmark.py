@@ -39,7 +39,8 @@ def paired_times(
 
 def spread(xs:list[float]) -> dict[str,float]:
     "Median and quartiles: one slow round does not move them far"
-    q1, median, q3 = torch.tensor(xs, dtype=torch.float64).quantile(torch.tensor([.25, .5, .75], dtype=torch.float64)).tolist()
+    q1, median, q3 = torch.tensor(xs, dtype=torch.float64).quantile(
+        torch.tensor([.25, .5, .75], dtype=torch.float64)).tolist()
     return dict(median=median, q1=q1, q3=q3)
 
 def summary(times:dict[str,list[float]]) -> dict[str,dict[str,float]]:
@@ -144,7 +145,8 @@ def benchmark_head(
     truth = _gradients(linear_cross_entropy_ref, h, w, t, "float32")
     rows = {}
     for name, (_, chunk) in variants.items():
-        row = rows[name] = dict(kind="head", variant=name, chunk=chunk, n=n, d=d, vocab=vocab, dtype=dtype, repeats=repeats, seed=seed)
+        row = rows[name] = dict(kind="head", variant=name, chunk=chunk, n=n, d=d, vocab=vocab, dtype=dtype,
+                                repeats=repeats, seed=seed)
         try:
             errors = [assert_rel(what, ref, got.to(ref.dtype), TOLERANCE[dtype])
                       for what, ref, got in zip(("loss", "gradient of h", "gradient of weight"), truth, runs[name]())]
