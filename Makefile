@@ -5,7 +5,7 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 
 help:      ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 # torch goes first and alone, so that the pinned build is the one every other package finds.
 # A .venv that an interruption left half made is marked `.unfinished`, and the next make starts it afresh.
@@ -37,6 +37,20 @@ docs: $(READY)  ## build the site with quarto, or check the processed notebooks 
 bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	$(BIN)/okadfa benchmark head --out results
 
+demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
+	for s in 0 1 2; do $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; done
+
+# DATA and TOKENIZER may be folders, where there is no network: make wikitext DATA=.../wikitext-2 TOKENIZER=.../gpt2-bpe
+DATA      ?= wikitext-2
+TOKENIZER ?= gpt2
+SEEDS     ?= 0 1 2
+WIKITEXT  := --data $(DATA) --tokenizer $(TOKENIZER) --preset tiny --steps 100 --batch-size 16 --lr 2e-3 --results results/wikitext.jsonl
+wikitext: $(READY)  ## OKADFA and its baseline on WikiText-2, rows appended to results/wikitext.jsonl
+	for s in $(SEEDS); do \
+	  $(BIN)/okadfa train $(WIKITEXT) --seed $$s --out runs/wikitext/okadfa-$$s || exit 1; \
+	  $(BIN)/okadfa train $(WIKITEXT) --seed $$s --out runs/wikitext/baseline-$$s --mixer softmax --credit bp --ortho 0 || exit 1; \
+	done
+
 figures: $(READY)  ## re-run the figure notebooks from results/
 	cd nbs/figures && for f in fig_*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
@@ -45,4 +59,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext figures clean

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NEVER', 'gaussian_directions', 'FavorFeatures', 'favor_attention_ref', 'favor_attention', 'FavorState']
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000002
+# %% ../../nbs/attention/10_favor.ipynb #c0000003
 import math
 import torch
 from torch import Tensor, nn
-from ..core import InputError
+from ..core import InputError, seeded_generator
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000007
+# %% ../../nbs/attention/10_favor.ipynb #c0000008
 def gaussian_directions(
     m:int,                       # number of directions
     d:int,                       # their dimension
@@ -28,7 +28,7 @@ def gaussian_directions(
     lengths = draw(m, d).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:m]*lengths).float()
 
-# %% ../../nbs/attention/10_favor.ipynb #c000000a
+# %% ../../nbs/attention/10_favor.ipynb #c000000b
 class FavorFeatures(nn.Module):
     "Positive random features of the softmax kernel: `features(q) @ features(k, is_query=False).T` estimates exp(q k^T/sqrt(d))"
     def __init__(self,
@@ -47,7 +47,7 @@ class FavorFeatures(nn.Module):
         self._draw()
 
     def _draw(self):
-        g = torch.Generator().manual_seed(self.seed*1_000_003 + int(self.draws))
+        g = seeded_generator("favor", self.seed, int(self.draws))
         self.projection.copy_(gaussian_directions(self.m, self.d, self.orthogonal, g))
 
     def redraw(self) -> None:
@@ -74,7 +74,7 @@ class FavorFeatures(nn.Module):
 
     def extra_repr(self): return f"d={self.d}, m={self.m}, orthogonal={self.orthogonal}, seed={self.seed}"
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000012
+# %% ../../nbs/attention/10_favor.ipynb #c0000013
 def favor_attention_ref(
     q:Tensor,                       # queries [b h n d]
     k:Tensor,                       # keys [b h n_k d]
@@ -91,7 +91,7 @@ def favor_attention_ref(
     total = A.sum(-1, keepdim=True)
     return ((A/total.where(total > 0, 1)) @ v.to(A.dtype)).to(v.dtype)
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000017
+# %% ../../nbs/attention/10_favor.ipynb #c0000018
 NEVER = -1e30   # the log-scale of a key that nobody sees; finite, so that differences stay defined
 
 def _scaled_keys(k, features, pad):
@@ -129,7 +129,7 @@ def _all_keys(q, k, v, features, pad):
     fk, a = _scaled_keys(k, features, pad)
     return fq @ ((fk*(a - a.amax(-1, keepdim=True)).exp()[..., None]).transpose(-1, -2) @ v)
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000019
+# %% ../../nbs/attention/10_favor.ipynb #c000001a
 def favor_attention(
     q:Tensor,                       # queries [b h n d]
     k:Tensor,                       # keys [b h n_k d], n_k = n when causal
@@ -161,7 +161,7 @@ def favor_attention(
         num = _causal_chunks(q, k, v1, features, pad, chunk) if causal else _all_keys(q, k, v1, features, pad)
         return _quotient(num, v.dtype)
 
-# %% ../../nbs/attention/10_favor.ipynb #c0000023
+# %% ../../nbs/attention/10_favor.ipynb #c0000024
 class FavorState:
     "Recurrent form of causal `favor_attention`: O(m d_v) memory and time a token"
     def __init__(self, features:nn.Module): self.features, self.S, self.s = features, None, None

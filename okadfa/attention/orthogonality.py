@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['orthogonality_penalty_ref', 'orthogonality_penalty', 'violations', 'OrthogonalityLoss']
 
-# %% ../../nbs/attention/12_orthogonality.ipynb #c0000002
+# %% ../../nbs/attention/12_orthogonality.ipynb #c0000003
 import math
 import torch
 from torch import Tensor
 from ..core import InputError
 
-# %% ../../nbs/attention/12_orthogonality.ipynb #c0000007
+# %% ../../nbs/attention/12_orthogonality.ipynb #c0000008
 def orthogonality_penalty_ref(
     w:Tensor,               # weights [... d_model d_head]
     reduction:str="sum",    # "none" | "mean" | "sum", over the matrices
@@ -21,7 +21,7 @@ def orthogonality_penalty_ref(
     per = torch.stack([(m.T@m - eye).square().sum() for m in w.reshape(-1, *w.shape[-2:])]).view(w.shape[:-2])
     return per if reduction == "none" else getattr(per, reduction)()
 
-# %% ../../nbs/attention/12_orthogonality.ipynb #c0000009
+# %% ../../nbs/attention/12_orthogonality.ipynb #c000000a
 def orthogonality_penalty(
     w:Tensor,               # weights [... d_model d_head], d_model >= d_head
     reduction:str="sum",    # "none" | "mean" | "sum", over the matrices
@@ -44,7 +44,7 @@ def violations(
     "How far each matrix is from orthonormal columns, for reading: no gradient"
     return orthogonality_penalty(w, "none").sqrt()
 
-# %% ../../nbs/attention/12_orthogonality.ipynb #c0000011
+# %% ../../nbs/attention/12_orthogonality.ipynb #c0000012
 class OrthogonalityLoss:
     "lambda(t) ||W^T W - I||_F^2 over all heads, with a linear warm-up of lambda"
     def __init__(self,
@@ -75,7 +75,7 @@ class OrthogonalityLoss:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
             for l, layer in enumerate(attention_layers):
                 for p, w in zip("qkv", layer.projection_matrices(include_v=self.include_v)):
-                    if w.ndim != 3: raise InputError(f"layer {l}: W_{p.upper()} must be [h d_model d_head], got shape {tuple(w.shape)}")
+                    if w.ndim != 3: raise InputError(f"layer {l}: W_{p.upper()} must be [h d_model d_head], got {tuple(w.shape)}")
                     names, ws = groups.setdefault((w.shape[-2:], w.dtype, w.device), ([], []))
                     names += [f"layer{l}.head{i}.{p}" for i in range(w.shape[0])]; ws.append(w)
             if not groups: raise InputError("no attention layer was given: pass the modules that have .projection_matrices()")

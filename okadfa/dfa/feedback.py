@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['FEEDBACK_KINDS', 'layer_generator', 'FeedbackKind', 'gaussian', 'orthogonal', 'identity', 'FeedbackMatrices']
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c0000002
-import hashlib
+# %% ../../nbs/dfa/20_feedback.ipynb #c0000003
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
-from ..core import InputError
+from ..core import InputError, seeded_generator
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c0000007
+# %% ../../nbs/dfa/20_feedback.ipynb #c0000008
 def layer_generator(
     seed:int,     # of the whole set of matrices
     l:int,        # layer
 ) -> torch.Generator:   # on the CPU
     "A generator that depends on `seed` and `l` only, not on how many layers come before"
-    digest = hashlib.sha256(f"feedback {seed} {l}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+    return seeded_generator("feedback", seed, l)
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c000000a
+# %% ../../nbs/dfa/20_feedback.ipynb #c000000b
 class FeedbackKind(NamedTuple):
     "How one kind of feedback is made"
     make:Callable    # (d_l, d_final, seed, l) -> float64 [d_l d_final], or None: the identity, which stores nothing
@@ -31,7 +29,7 @@ def gaussian(d:int, d_final:int, seed:int, l:int) -> Tensor:
     "Independent entries of standard deviation 1/sqrt(d_final)"
     return torch.randn(d, d_final, generator=layer_generator(seed, l), dtype=torch.float64, device="cpu")/d_final**.5
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c000000c
+# %% ../../nbs/dfa/20_feedback.ipynb #c000000d
 def orthogonal(d:int, d_final:int, seed:int, l:int) -> Tensor:
     "Haar-distributed orthonormal columns (d_l >= d_final) or rows; spectral norm 1"
     tall = torch.randn(max(d, d_final), min(d, d_final), generator=layer_generator(seed, l), dtype=torch.float64, device="cpu")
@@ -39,7 +37,7 @@ def orthogonal(d:int, d_final:int, seed:int, l:int) -> Tensor:
     q = q*r.diagonal().sign()
     return q if d >= d_final else q.T
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c0000010
+# %% ../../nbs/dfa/20_feedback.ipynb #c0000011
 def identity(d:int, d_final:int, seed:int, l:int) -> None:
     "Nothing to store; raises InputError unless the layer is as wide as the output"
     if d != d_final: raise InputError(f"identity feedback needs equal widths, layer {l} has {d} and the output {d_final}")
@@ -49,7 +47,7 @@ FEEDBACK_KINDS = dict(
     orthogonal=FeedbackKind(orthogonal, lambda d, d_final: max(d, d_final)**-.5),
     identity=FeedbackKind(identity, lambda d, d_final: (1/d - 1/d**2)**.5))
 
-# %% ../../nbs/dfa/20_feedback.ipynb #c0000012
+# %% ../../nbs/dfa/20_feedback.ipynb #c0000013
 class FeedbackMatrices(nn.Module):
     "The fixed matrices B_l that carry the error at the output to each layer"
     def __init__(self,
@@ -63,7 +61,8 @@ class FeedbackMatrices(nn.Module):
         self.layer_dims, self.output_dim, self.kind, self.seed = list(layer_dims), output_dim, kind, seed
         if kind not in FEEDBACK_KINDS: raise InputError(f"unknown feedback {kind!r}, choose one of: {', '.join(FEEDBACK_KINDS)}")
         if not self.layer_dims: raise InputError("layer_dims is empty: give the width of each layer")
-        if min(*self.layer_dims, output_dim) < 1: raise InputError(f"widths must be 1 or more, got {self.layer_dims} and {output_dim}")
+        if min(*self.layer_dims, output_dim) < 1:
+            raise InputError(f"widths must be 1 or more, got layer_dims {self.layer_dims} and output_dim {output_dim}")
         # An empty buffer knows the module's device and dtype where a kind stores nothing.
         self.register_buffer("anchor", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
         for l, d in enumerate(self.layer_dims):

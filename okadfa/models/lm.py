@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LMConfig', 'preset', 'LanguageModel']
 
-# %% ../../nbs/models/51_lm.ipynb #c0000002
+# %% ../../nbs/models/51_lm.ipynb #c0000003
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
-from ..core import InputError
+from ..core import InputError, seeded_generator
 from ..dfa.feedback import FeedbackMatrices
 from ..dfa.hook import DFAHook
 from .block import Block, make_mixer
 from .head import linear_cross_entropy
 
-# %% ../../nbs/models/51_lm.ipynb #c0000005
+# %% ../../nbs/models/51_lm.ipynb #c0000006
 def _opt(default, help): return field(default=default, metadata=dict(help=help))
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LMConfig:
     embedding_credit:str = _opt("block", "credit of the embedding: block (through the first block) | direct | none")
     m:int|None = _opt(None, "random features a head, default 4 * d_model / n_heads")
     expand:int = _opt(4, "MLP width in units of d_model")
+    token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
     seed:int = _opt(0, "of initial weights, random features and feedback")
 
@@ -63,14 +64,14 @@ def preset(
     if name not in PRESETS: raise InputError(f"unknown preset {name!r}, choose from {', '.join(PRESETS)}")
     return LMConfig(**(PRESETS[name] | changes))
 
-# %% ../../nbs/models/51_lm.ipynb #c0000008
+# %% ../../nbs/models/51_lm.ipynb #c0000009
 class LanguageModel(nn.Module):
     "Embedding, blocks, tied head. `loss(ids, targets).backward()` gives the gradient of the config's credit rule"
     def __init__(self, config:LMConfig):
         super().__init__()
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l), c.d_model, c.expand, c.checkpoint)
+        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
         self.feedback = FeedbackMatrices([c.d_model]*c.n_layers, c.d_model if c.error_site == "hidden" else c.vocab_size,
@@ -80,7 +81,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def _init_weights(self):
         "GPT-2's: std 0.02, the projections that write into the stream scaled down by the number of writes"
-        g = torch.Generator().manual_seed(self.config.seed)
+        g = seeded_generator("weights", self.config.seed)
         for name, p in self.named_parameters():
             if p.ndim < 2: continue                  # LayerNorm starts at 1 and 0; biases are set below
             writes = name.endswith(("mixer.out.weight", "mlp.2.weight"))
@@ -109,10 +110,14 @@ class LanguageModel(nn.Module):
         return DFAHook(self.blocks, self.feedback, embedding=c.embedding_credit, rounds=c.rounds,
                        site="hidden" if c.error_site == "hidden" else "caller")
 
-    def _stream(self, ids:Tensor, credit:str) -> Tensor:
+    def stream(self,
+        ids:Tensor,      # token ids [b n]
+        credit:str,      # "frozen" cuts below the last block; the other rules are the hook's business
+    ) -> Tensor:         # [b n d], after the last block, before the final LayerNorm
+        "The residual stream at the top"
         if ids.ndim != 2: raise InputError(f"ids must be [b n], got {tuple(ids.shape)}")
         if ids.shape[1] > self.config.max_len: raise InputError(f"sequence of {ids.shape[1]} tokens is longer than max_len={self.config.max_len}")
-        x = self.embed(ids)
+        x = self.embed(ids)*math.sqrt(self.config.d_model)
         for l, block in enumerate(self.blocks):
             if credit == "frozen" and l == len(self.blocks) - 1: x = x.detach()
             x = block(x)
@@ -128,7 +133,7 @@ class LanguageModel(nn.Module):
         "Logits of the next token at every position, or with `targets` the cross-entropy, which never holds all logits"
         credit = credit or self.config.credit
         with self._hook(credit) as hook:
-            h, waiting = self.norm(self._stream(ids, credit)), hook is not None and hook.waiting
+            h, waiting = self.norm(self.stream(ids, credit)), hook is not None and hook.waiting
             if targets is None:
                 logits = h @ self.embed.weight.T
                 return hook.broadcast(logits) if waiting else logits

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'lr_factor', 'make_optimizer', 'gradient_groups', 'attention_similarities', 'diagnose',
            'finish_step_on_interrupt', 'peak_memory_bytes', 'train']
 
-# %% ../../nbs/run/61_train.ipynb #c0000002
+# %% ../../nbs/run/61_train.ipynb #c0000003
 import dataclasses, json, math, os, resource, shutil, signal, statistics, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from ..models.lm import LMConfig, LanguageModel
 from .data import Corpus, TrainWindows, eval_batches
 from .evaluate import evaluate
 
-# %% ../../nbs/run/61_train.ipynb #c0000005
+# %% ../../nbs/run/61_train.ipynb #c0000006
 def _opt(default, help): return field(default=default, metadata=dict(help=help))
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class TrainConfig:
         if not 0 <= self.beta2 < 1: raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         if self.precision not in ("bf16", "fp32"): raise InputError(f"precision must be bf16 or fp32, got {self.precision!r}")
 
-# %% ../../nbs/run/61_train.ipynb #c0000007
+# %% ../../nbs/run/61_train.ipynb #c0000008
 def lr_factor(
     step:int,        # 0 is the first
-    c:TrainConfig,
+    c:TrainConfig,   # its steps and warmup
 ) -> float:          # multiplies the peak learning rate
     "Linear warm-up, then a cosine to 0.1 at the last step"
     if step < c.warmup: return (step + 1)/c.warmup
@@ -71,7 +71,7 @@ def make_optimizer(model:nn.Module, c:TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([dict(params=[p for p in ps if p.ndim > 1], weight_decay=c.weight_decay),
                               dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.)], lr=c.lr, betas=(0.9, c.beta2))
 
-# %% ../../nbs/run/61_train.ipynb #c000000a
+# %% ../../nbs/run/61_train.ipynb #c000000b
 def gradient_groups(model:LanguageModel) -> dict[str, list[nn.Parameter]]:
     "Parameters compared together: the embedding with its tied head, each block, the final norm"
     return dict(embed=list(model.embed.parameters()), **{f"block{l}": list(b.parameters()) for l, b in enumerate(model.blocks)},
@@ -79,16 +79,18 @@ def gradient_groups(model:LanguageModel) -> dict[str, list[nn.Parameter]]:
 
 @torch.no_grad()
 def attention_similarities(
-    model:LanguageModel,
+    model:LanguageModel,     # any mixer
     ids,                     # [b n]
 ) -> dict[str, float]:       # AttnSim by layer, for mixers that have heads
     "Row cosine to softmax of every attention layer, on the queries and keys that this model computes for this text"
-    out, x = {}, model.embed(ids)
+    out, inputs = {}, {}
+    handles = [b.register_forward_pre_hook(lambda mod, args, l=l: inputs.__setitem__(l, args[0])) for l, b in enumerate(model.blocks)]
+    model.stream(ids, "bp")
+    for h in handles: h.remove()
     for l, block in enumerate(model.blocks):
         if hasattr(block.mixer, "heads"):
-            q, k, _ = block.mixer.heads(block.norm1(x))
+            q, k, _ = block.mixer.heads(block.mixer_input(inputs[l]))
             out[f"layer{l}"] = attention_similarity(q, k, block.mixer.attend).mean().item()
-        x = block(x)
     return out
 
 def diagnose(model:LanguageModel, ids, targets) -> dict:
@@ -100,7 +102,7 @@ def diagnose(model:LanguageModel, ids, targets) -> dict:
     model.train(training)
     return out
 
-# %% ../../nbs/run/61_train.ipynb #c000000d
+# %% ../../nbs/run/61_train.ipynb #c000000e
 def _flat(metrics:dict, prefix:str="") -> dict:
     "Nested metrics as one level of a/b/c names; what was not measured is left out"
     out = {}
@@ -126,7 +128,7 @@ def _jsonl_tracker(path:Path):
         def finish(self): self.file.close()
     return JSONLines()
 
-# %% ../../nbs/run/61_train.ipynb #c000000f
+# %% ../../nbs/run/61_train.ipynb #c0000010
 @contextmanager
 def finish_step_on_interrupt():
     "Yield a list that is non-empty once Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt"
@@ -162,6 +164,7 @@ def peak_memory_bytes() -> int:
 def _open_run(out:Path, facts:dict, resume:bool):
     "Claim the output folder, or recognise the run in it. `facts` is what makes two runs the same run"
     run = out/"run.json"
+    if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file, not a folder: choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if resume: raise InputError(f"nothing to resume in {out}: start without --resume")
         return
@@ -175,12 +178,13 @@ def _open_run(out:Path, facts:dict, resume:bool):
     if not any((out/n).is_dir() for n in ("checkpoint", "checkpoint.previous")):
         raise InputError(f"{out} was stopped before its first checkpoint: delete it and start again")
 
-# %% ../../nbs/run/61_train.ipynb #c0000011
+# %% ../../nbs/run/61_train.ipynb #c0000012
 def train(
     model_config:LMConfig,       # vocab_size must be the tokenizer's
-    config:TrainConfig,
+    config:TrainConfig,          # steps, optimiser, penalty, what is measured when
     corpus:Corpus,               # with splits "train" and "valid"
     out:str|Path,                # folder of the run; must be new, or the same run with resume=True
+    source:dict|None=None,       # where text and tokenizer came from, {"data": ..., "tokenizer": ...}, for those who load the checkpoint
     resume:bool=False,           # continue after the last checkpoint
     wandb:bool=False,            # log to Weights & Biases as well (pip install wandb)
     progress:bool=True,          # show a progress bar
@@ -208,6 +212,7 @@ def train(
     main, device = accelerator.is_main_process, accelerator.device
     per_step = c.batch_size*c.grad_accum*accelerator.num_processes
     seed_everything(c.seed)
+    torch.set_flush_denormal(True)     # features of far-away keys underflow; a CPU is many times slower on what is left of them
     model = LanguageModel(model_config)
     optimizer = make_optimizer(model, c)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, c))
@@ -238,8 +243,8 @@ def train(
         if main: shutil.rmtree(part, ignore_errors=True)
         accelerator.save_state(part)
         if main:
-            save_config(bare, part, step=step, tokenizer=corpus.tokenizer.name, tokenizer_fingerprint=corpus.tokenizer.fingerprint,
-                        data=corpus.name, seq_len=seq_len)
+            save_config(bare, part, step=step, seq_len=seq_len, tokenizer_fingerprint=corpus.tokenizer.fingerprint,
+                        **(source or dict(data=corpus.name, tokenizer=corpus.tokenizer.name)))
             _swap_in(part, checkpoint)
 
     def look() -> dict:
