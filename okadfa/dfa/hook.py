@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['refine', 'DFAHook']
 
-# %% ../../nbs/dfa/21_hook.ipynb #c0000002
+# %% ../../nbs/dfa/21_hook.ipynb #c0000003
 import torch
 from torch import Tensor, nn
 from ..core import InputError
 
-# %% ../../nbs/dfa/21_hook.ipynb #c0000005
+# %% ../../nbs/dfa/21_hook.ipynb #c0000006
 class _Broadcast(torch.autograd.Function):
     "Identity on `top`; backward sends the error to every output. `errors(delta)` gives one for each of `outputs`"
     @staticmethod
@@ -22,7 +22,7 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx, delta):
         return None, None, (delta if ctx.through else None), *ctx.errors(delta)
 
-# %% ../../nbs/dfa/21_hook.ipynb #c0000007
+# %% ../../nbs/dfa/21_hook.ipynb #c0000008
 def refine(
     delta:Tensor,              # the error at the top [b n d]
     errors:list[Tensor],       # the first guess, one [b n d] for each block output
@@ -31,6 +31,7 @@ def refine(
     rounds:int,                # how often; len(outputs)-1 rounds give backpropagation
 ) -> list[Tensor]:
     "Fixed-point rounds of e_l = delta + sum_{j>l} J_j^T e_j, for blocks that are h + f(h)"
+    if rounds: errors = [*errors[:-1], delta]      # whatever the guess was, the error at the top is known
     for _ in range(rounds):
         # J_f^T e is what autograd gives for the block, less the identity branch
         terms = [torch.autograd.grad(o, i, e, retain_graph=True)[0] - e for i, o, e in zip(inputs[1:], outputs[1:], errors[1:])]
@@ -40,7 +41,7 @@ def refine(
             errors.insert(0, e)
     return errors
 
-# %% ../../nbs/dfa/21_hook.ipynb #c0000009
+# %% ../../nbs/dfa/21_hook.ipynb #c000000a
 class DFAHook:
     """Direct feedback alignment for a stack of blocks, as a context manager around the forward pass.
 

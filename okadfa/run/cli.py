@@ -273,6 +273,6 @@ def main(args:list[str]|None=None) -> None:
     except InputError as e: end(e, 2)
     except OSError as e: end(f"{e.strerror or e}: {e.filename or ''}", 2)
     except NonFiniteError as e: end(f"stopped, {e}; the last good checkpoint is kept", 1)
-    except (KeyboardInterrupt, click.exceptions.Abort) as e: end(str(e) or "interrupted", 130)
+    except (KeyboardInterrupt, click.exceptions.Abort) as e: end(str(e.__cause__ or e) or "interrupted", 130)     # click wraps one in the other
 
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
