@@ -45,11 +45,20 @@ DATA      ?= wikitext-2
 TOKENIZER ?= gpt2
 SEEDS     ?= 0 1 2
 WIKITEXT  := --data $(DATA) --tokenizer $(TOKENIZER) --preset tiny --steps 100 --batch-size 16 --lr 2e-3 --results results/wikitext.jsonl
-wikitext: $(READY)  ## OKADFA and its baseline on WikiText-2, rows appended to results/wikitext.jsonl
+OKADFA    ?= $(BIN)/okadfa
+wikitext:  ## OKADFA and its baseline on WikiText-2, rows appended to results/wikitext.jsonl
+	@test -n '$(filter-out $(BIN)/okadfa,$(OKADFA))' || $(MAKE) --no-print-directory $(READY)
 	for s in $(SEEDS); do \
-	  $(BIN)/okadfa train $(WIKITEXT) --seed $$s --out runs/wikitext/okadfa-$$s || exit 1; \
-	  $(BIN)/okadfa train $(WIKITEXT) --seed $$s --out runs/wikitext/baseline-$$s --mixer softmax --credit bp --ortho 0 || exit 1; \
+	  $(OKADFA) train $(WIKITEXT) --seed $$s --out runs/wikitext/okadfa-$$s || exit 1; \
+	  $(OKADFA) train $(WIKITEXT) --seed $$s --out runs/wikitext/baseline-$$s --mixer softmax --credit bp --ortho 0 || exit 1; \
 	done
+
+# A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
+PYTHON ?= $(BIN)/python
+gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, rows appended to results/
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest tests/test_cuda.py
+	for t in float32 bfloat16; do PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark head --dtype $$t --out results || exit 1; done
+	$(MAKE) wikitext OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli'
 
 figures: $(READY)  ## re-run the figure notebooks from results/
 	cd nbs/figures && for f in fig_*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
@@ -59,4 +68,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext gpu figures clean

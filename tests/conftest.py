@@ -39,3 +39,5 @@ def clean_env(root:Path) -> dict:
 
 @pytest.fixture
 def repo_copy(tmp_path): return copy_repo(tmp_path/"repo")
+
+def pytest_configure(config): config.addinivalue_line("markers", "cuda: needs a CUDA device; `make gpu` runs these")

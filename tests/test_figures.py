@@ -1,0 +1,28 @@
+"What the front page and the figures show is what was measured"
+import re
+import pytest
+from conftest import ROOT, load
+from okadfa.core import read_rows
+from okadfa.run.demo import summary_table
+
+def between(marker):
+    return re.search(rf"<!-- {marker}:[^\n]*-->\n(.*?)<!-- /{marker} -->", (ROOT/"README.md").read_text(), re.S)[1].strip()
+
+def printed(notebook):
+    cells = load(ROOT/"nbs"/"figures"/notebook)["cells"]
+    return "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
+
+def test_readme_shows_the_demo_rows():
+    assert between("demo") == summary_table(read_rows(ROOT/"results"/"demo.jsonl")).strip()
+
+@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb")])
+def test_readme_shows_what_the_notebook_printed(marker, notebook):
+    shown = between(marker)
+    assert shown.count("|") > 20 and shown in printed(notebook)
+
+@pytest.mark.parametrize("name", ["demo", "wikitext", "head"])
+def test_rows_say_where_they_come_from(name):
+    rows = read_rows(ROOT/"results"/f"{name}.jsonl")
+    assert rows
+    for r in rows: assert r["provenance"]["commit"] and r["provenance"]["torch"] and r["provenance"]["device"]
+    if name != "head": assert len({r["model"]["seed"] for r in rows}) >= 3
