@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'okadfa.run.demo.collect': ('run/demo.html#collect', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo.commands': ('run/demo.html#commands', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo.demo': ('run/demo.html#demo', 'okadfa/run/demo.py'),
+                                 'okadfa.run.demo.fill': ('run/demo.html#fill', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo.plot': ('run/demo.html#plot', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo.summary_table': ('run/demo.html#summary_table', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo.table': ('run/demo.html#table', 'okadfa/run/demo.py')},

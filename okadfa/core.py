@@ -85,7 +85,7 @@ def provenance() -> dict:
     def git(*args):
         r = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
         return r.stdout.strip() if r.returncode == 0 else None
-    try: commit, dirty = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    try: commit, dirty = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ":/okadfa")
     except FileNotFoundError: commit = dirty = None   # a machine without git
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
     return dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"),

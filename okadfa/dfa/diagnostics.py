@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['compare_gradients', 'attention_similarity', 'orthogonality_violation', 'NonFiniteError', 'check_finite']
 
-# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000002
+# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000003
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000005
+# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000006
 def compare_gradients(
     loss:Tensor,                               # scalar, through the rule under study
     reference:Tensor,                          # the same loss through backpropagation
@@ -35,7 +35,7 @@ def compare_gradients(
                          mse=(h - g).square().mean().item(), norm=h.norm().item(), norm_ref=n)
     return out
 
-# %% ../../nbs/dfa/23_diagnostics.ipynb #c000000b
+# %% ../../nbs/dfa/23_diagnostics.ipynb #c000000c
 @torch.no_grad()
 def attention_similarity(
     q:Tensor,       # queries [b h n d]
@@ -45,10 +45,11 @@ def attention_similarity(
     "AttnSim: cosine between the rows of `attend` and those of causal softmax attention"
     eye = torch.eye(q.shape[2], device=q.device).expand(*q.shape[:2], -1, -1)
     q, k = q.float(), k.float()
-    soft = F.scaled_dot_product_attention(q, k, eye, is_causal=True)
-    return F.cosine_similarity(attend(q, k, eye).float(), soft, dim=-1).mean(-1)
+    with torch.autocast(q.device.type, enabled=False):      # the estimator is judged, not the rounding
+        soft = F.scaled_dot_product_attention(q, k, eye, is_causal=True)
+        return F.cosine_similarity(attend(q, k, eye).float(), soft, dim=-1).mean(-1)
 
-# %% ../../nbs/dfa/23_diagnostics.ipynb #c000000e
+# %% ../../nbs/dfa/23_diagnostics.ipynb #c000000f
 @torch.no_grad()
 def orthogonality_violation(
     attention_layers,           # modules with `.projection_matrices(include_v)` -> tensors [h d_model d_head]
@@ -62,14 +63,14 @@ def orthogonality_violation(
             for h, x in enumerate(gap.float().flatten(1).norm(dim=1).tolist()): out[f"layer{l}.head{h}.{name}"] = x
     return out
 
-# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000011
+# %% ../../nbs/dfa/23_diagnostics.ipynb #c0000012
 class NonFiniteError(ArithmeticError):
     "A metric became NaN or Inf; the message names it and the step"
 
 def check_finite(
     metrics:dict,     # name -> number, or None where there was nothing to measure; dicts inside dicts are searched
     step:int,         # for the message
-    prefix:str="",
+    prefix:str="",    # put before the names in the message
 ) -> dict:            # the metrics, unchanged
     "Raise `NonFiniteError` for the first metric that is NaN or Inf"
     for name, x in metrics.items():

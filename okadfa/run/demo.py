@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'TITLES', 'COMMON', 'STEPS', 'PROMPT', 'COLUMNS', 'commands', 'collect', 'table', 'plot', 'by_seed',
-           'summary_table', 'demo']
+           'summary_table', 'fill', 'demo']
 
 # %% ../../nbs/run/67_demo.ipynb #c0000003
-import json, math, shutil, statistics, subprocess, sys
+import json, math, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 from ..core import InputError, append_row, read_rows
 
 # %% ../../nbs/run/67_demo.ipynb #c0000006
 RUNS = dict(okadfa=dict(mixer="favor", credit="dfa", ortho="1e-4"), baseline=dict(mixer="softmax", credit="bp", ortho="0"))
 TITLES = dict(okadfa="OKADFA: FAVOR+, DFA, penalty", baseline="baseline: softmax, BP")
-COMMON = dict(data="embedded", tokenizer="bytes", preset="tiny", n_layers="4", batch_size="8", lr="3e-3", diag_every="50", ortho_warmup="100")
+COMMON = dict(data="embedded", tokenizer="bytes", preset="tiny", n_layers="4", batch_size="8", lr="3e-3", warmup="60", diag_every="50", ortho_warmup="100")
 STEPS = 300
 PROMPT = "The statement"
 
@@ -93,6 +93,18 @@ def summary_table(rows:list[dict]) -> str:
     return f"{text}\nThe price of both replacements: {statistics.fmean(price):+.3f} bits per byte (mean of {len(price)} seeds, from {min(price):+.3f} to {max(price):+.3f})\n"
 
 # %% ../../nbs/run/67_demo.ipynb #c000000d
+def fill(
+    path:str|Path,      # a Markdown file
+    marker:str,         # the text goes between <!-- marker: ... --> and <!-- /marker -->
+    text:str,           # what was measured
+) -> None:
+    "Replace what stands between two markers. Raises `InputError` where they are not"
+    path = Path(path)
+    whole, n = re.subn(rf"(<!-- {marker}:[^\n]*-->\n).*?(<!-- /{marker} -->)", lambda m: f"{m[1]}\n{text.strip()}\n\n{m[2]}", path.read_text(), flags=re.S)
+    if n != 1: raise InputError(f"{path} needs one <!-- {marker}: ... --> and one <!-- /{marker} -->")
+    path.write_text(whole)
+
+# %% ../../nbs/run/67_demo.ipynb #c0000010
 def demo(
     out:str|Path,                    # folder, e.g. runs/demo; an earlier demonstration there is replaced
     steps:int|None=None,             # of each run

@@ -194,6 +194,7 @@ def train(
     Raises `InputError` before anything is written when config, data and folder do not fit, and `NonFiniteError` when a
     metric is NaN or Inf; the last good checkpoint is kept."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
     from torch.utils.data import DataLoader, Subset
     c, out, train_split, valid = config, Path(out), corpus.splits["train"], corpus.splits["valid"]
     seq_len = c.seq_len or model_config.max_len
@@ -206,6 +207,8 @@ def train(
     TrainWindows(train_split, seq_len, 1, c.seed)      # refuses a text that is too short
     _open_run(out, facts, resume)
 
+    # accelerate keeps the first run's precision for the life of the process; a second run may want another
+    AcceleratorState._reset_state(); GradientState._reset_state()
     jsonl = _jsonl_tracker(out/"metrics.jsonl")
     accelerator = Accelerator(mixed_precision={"bf16": "bf16", "fp32": "no"}[c.precision], gradient_accumulation_steps=c.grad_accum,
                               log_with=[jsonl, "tensorboard", *(["wandb"] if wandb else [])], project_dir=out)
@@ -236,7 +239,8 @@ def train(
     loader = accelerator.prepare(DataLoader(Subset(windows, range(step*per_step, len(windows))), batch_size=c.batch_size))
     ids_d, targets_d = (x.to(device) for x in next(iter(eval_batches(valid, seq_len, corpus.tokenizer.bos_id, min(8, c.batch_size)))))
     penalty = OrthogonalityLoss(weight=c.ortho, warmup_steps=c.ortho_warmup)
-    layers = bare.attention_layers()
+    # The penalty must not train what the control keeps frozen
+    layers = bare.attention_layers()[-1 if model_config.credit == "frozen" else 0:]
 
     def save():
         part = out/"checkpoint.part"
