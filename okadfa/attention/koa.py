@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['rotary', 'MultiHeadAttention', 'KernelAttention']
 
-# %% ../../nbs/attention/13_koa.ipynb #c0000002
+# %% ../../nbs/attention/13_koa.ipynb #c0000003
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import InputError
 from .favor import FavorFeatures, favor_attention
 
-# %% ../../nbs/attention/13_koa.ipynb #c0000005
+# %% ../../nbs/attention/13_koa.ipynb #c0000006
 def rotary(
     x:Tensor,               # queries or keys [b h n d], d even
     start:int=0,            # position of the first one
@@ -28,7 +28,7 @@ def rotary(
     a, b = x.chunk(2, -1)
     return torch.cat([a*cos - b*sin, a*sin + b*cos], -1)
 
-# %% ../../nbs/attention/13_koa.ipynb #c0000008
+# %% ../../nbs/attention/13_koa.ipynb #c0000009
 class MultiHeadAttention(nn.Module):
     "Fused projections around `attend(q, k, v, key_padding_mask)`; here `attend` is causal softmax attention"
     def __init__(self,
@@ -69,7 +69,7 @@ class MultiHeadAttention(nn.Module):
         y = self.attend(*self.heads(x), key_padding_mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/attention/13_koa.ipynb #c000000c
+# %% ../../nbs/attention/13_koa.ipynb #c000000d
 class KernelAttention(MultiHeadAttention):
     "Causal multi-head attention with the estimated softmax kernel, linear in n"
     def __init__(self,

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['linear_cross_entropy_ref', 'wide', 'logits_to_error_', 'linear_cross_entropy']
 
-# %% ../../nbs/models/49_head.ipynb #c0000002
+# %% ../../nbs/models/49_head.ipynb #c0000003
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import InputError
 
-# %% ../../nbs/models/49_head.ipynb #c0000005
+# %% ../../nbs/models/49_head.ipynb #c0000006
 def linear_cross_entropy_ref(
     h:Tensor,                # hidden states [... d]
     weight:Tensor,           # the head's weight [v d]
@@ -24,7 +24,7 @@ def linear_cross_entropy_ref(
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == "none" else loss
 
-# %% ../../nbs/models/49_head.ipynb #c000000b
+# %% ../../nbs/models/49_head.ipynb #c000000c
 def wide(dtype:torch.dtype) -> torch.dtype:
     "The type in which sums over many terms of `dtype` are taken: at least float32"
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -45,7 +45,7 @@ def logits_to_error_(
         del logp   # before the next one is made
     return loss[:, 0]
 
-# %% ../../nbs/models/49_head.ipynb #c000000e
+# %% ../../nbs/models/49_head.ipynb #c000000f
 class _LinearCrossEntropy(torch.autograd.Function):
     "Loss and, in the forward already, its gradients, chunk by chunk"
     @staticmethod
@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh, dw, do = (None if x is None else x*(g*scale) for x in (dh, dw, do))
         return dh, None if dw is None else dw.to(ctx.weight_dtype), do, *(None,)*7
 
-# %% ../../nbs/models/49_head.ipynb #c0000010
+# %% ../../nbs/models/49_head.ipynb #c0000011
 def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs, dtype):
     "Raise InputError for what cannot be computed"
     if chunk < 1: raise InputError(f"chunk must be at least 1 token, got {chunk}")
@@ -106,7 +106,7 @@ def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs
         if len(bad): raise InputError(f"target {bad[0].item()} is outside the vocabulary 0..{weight.shape[0] - 1}; "
             f"mark tokens that do not count with {ignore_index}")
 
-# %% ../../nbs/models/49_head.ipynb #c0000011
+# %% ../../nbs/models/49_head.ipynb #c0000012
 def linear_cross_entropy(
     h:Tensor,                     # hidden states [... d]
     weight:Tensor,                # the head's weight [v d]

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['save_config', 'save_model', 'load_model']
 
-# %% ../../nbs/models/52_hub.ipynb #c0000002
+# %% ../../nbs/models/52_hub.ipynb #c0000003
 import dataclasses, json
 from pathlib import Path
 import torch
 from ..core import InputError
 from .lm import LMConfig, LanguageModel
 
-# %% ../../nbs/models/52_hub.ipynb #c0000005
+# %% ../../nbs/models/52_hub.ipynb #c0000006
 def save_config(
-    model:LanguageModel,
+    model:LanguageModel,  # its config is what is written
     folder:str|Path,      # must exist
     **info,               # what else a reader needs, e.g. tokenizer=..., step=...
 ) -> None:
@@ -22,7 +22,7 @@ def save_config(
     (Path(folder)/"config.json").write_text(json.dumps(dict(model=dataclasses.asdict(model.config), **info), indent=1) + "\n")
 
 def save_model(
-    model:LanguageModel,
+    model:LanguageModel,  # weights and buffers are written
     folder:str|Path,      # made where missing
     **info,               # see `save_config`
 ) -> None:
@@ -34,7 +34,7 @@ def save_model(
 
 def load_model(
     folder:str|Path,              # a checkpoint, or a run's folder that holds one
-    device:str|torch.device="cpu",
+    device:str|torch.device="cpu",   # where to put it
 ) -> tuple[LanguageModel, dict]:  # the model in eval mode, and everything in config.json
     "Read what `save_model` or a training run wrote. Raises `InputError` for a folder that is none, or whose files do not fit"
     from safetensors.torch import load_file

@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'paired_times', 'spread', 'summary', 'ratio', 'peak_memory', 'checkpointed_cross_entropy',
            'head_variants', 'benchmark_head', 'print_table']
 
-# %% ../../nbs/run/64_benchmark.ipynb #c0000002
+# %% ../../nbs/run/64_benchmark.ipynb #c0000003
 import ctypes, gc, multiprocessing, resource, sys, time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import InputError, append_row, assert_rel, default_device, seed_everything
 from ..models.head import linear_cross_entropy, linear_cross_entropy_ref
 
-# %% ../../nbs/run/64_benchmark.ipynb #c0000005
+# %% ../../nbs/run/64_benchmark.ipynb #c0000006
 def _sync() -> None:
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
@@ -55,7 +55,7 @@ def ratio(
     "Time of `a` over time of `b`, round by round"
     return spread([x/y for x, y in zip(times[a], times[b], strict=True)])
 
-# %% ../../nbs/run/64_benchmark.ipynb #c0000009
+# %% ../../nbs/run/64_benchmark.ipynb #c000000a
 def _max_rss() -> int:
     "Largest resident set of this process so far, in bytes"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
@@ -95,7 +95,7 @@ def peak_memory(
     if isinstance(got, str): raise RuntimeError(f"the measured call failed: {got}")
     return got
 
-# %% ../../nbs/run/64_benchmark.ipynb #c000000d
+# %% ../../nbs/run/64_benchmark.ipynb #c000000e
 def checkpointed_cross_entropy(
     h:Tensor,         # hidden states [n d]
     weight:Tensor,    # the head's weight [v d]
@@ -115,7 +115,7 @@ def head_variants(
     rival = lambda h, w, t: checkpointed_cross_entropy(h, w, t, checkpoint_chunk)
     return {"all logits": (linear_cross_entropy_ref, None), f"checkpoint, chunks of {checkpoint_chunk}": (rival, checkpoint_chunk), **ours}
 
-# %% ../../nbs/run/64_benchmark.ipynb #c000000f
+# %% ../../nbs/run/64_benchmark.ipynb #c0000010
 TOLERANCE = dict(float32=1e-5, bfloat16=2e-2)   # relative error allowed to a gradient
 
 def _gradients(loss, h, w, t, dtype) -> tuple[Tensor,Tensor,Tensor]:
@@ -162,7 +162,7 @@ def benchmark_head(
     rows = list(rows.values())
     return [append_row(Path(out)/"head.jsonl", row) for row in rows] if out is not None else rows
 
-# %% ../../nbs/run/64_benchmark.ipynb #c0000010
+# %% ../../nbs/run/64_benchmark.ipynb #c0000011
 def print_table(
     rows:list[dict],   # from `benchmark_head`
 ) -> None:

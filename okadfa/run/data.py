@@ -6,7 +6,7 @@
 __all__ = ['embedded_corpus', 'pieces', 'SubwordTokenizer', 'token_dtype', 'hub_reachable', 'load_tokenizer', 'Split', 'Corpus',
            'count_words', 'cache_folder', 'join_rows', 'load_corpus', 'TrainWindows', 'eval_batches', 'perplexities']
 
-# %% ../../nbs/run/60_data.ipynb #c0000002
+# %% ../../nbs/run/60_data.ipynb #c0000003
 import hashlib, json, math, operator, os, re, ssl, tempfile, urllib.error, urllib.request, zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import InputError
 from ..spectral.bytes import ByteEncoder
 
-# %% ../../nbs/run/60_data.ipynb #c0000005
+# %% ../../nbs/run/60_data.ipynb #c0000006
 def embedded_corpus() -> dict[str, bytes]:
     "Python's own manual, 90% train and 10% valid by position, cut between two characters"
     try: from pydoc_data.topics import topics
@@ -29,7 +29,7 @@ def embedded_corpus() -> dict[str, bytes]:
     while data[cut] & 0b1100_0000 == 0b1000_0000: cut += 1    # 10xxxxxx continues a character
     return dict(train=data[:cut], valid=data[cut:])
 
-# %% ../../nbs/run/60_data.ipynb #c0000008
+# %% ../../nbs/run/60_data.ipynb #c0000009
 _safe_cut = re.compile(r"(?<=[!-~])(?=[ \n])")   # after a visible ASCII character, before a space or line end
 
 def pieces(
@@ -43,7 +43,7 @@ def pieces(
         start = m.start()
     yield text[start:]
 
-# %% ../../nbs/run/60_data.ipynb #c0000009
+# %% ../../nbs/run/60_data.ipynb #c000000a
 class SubwordTokenizer:
     "A `transformers` tokenizer as one pure function from text to ids: no specials added, nothing truncated"
     def __init__(self,
@@ -93,7 +93,7 @@ def token_dtype(vocab_size:int) -> np.dtype:
     "Two bytes a token while they suffice"
     return np.dtype(np.uint16 if vocab_size <= 1<<16 else np.uint32)
 
-# %% ../../nbs/run/60_data.ipynb #c000000b
+# %% ../../nbs/run/60_data.ipynb #c000000c
 def hub_reachable(
     timeout:float=3.,     # seconds
 ) -> bool:
@@ -119,7 +119,7 @@ def _hub_offline():
 
 def _first_line(e:BaseException) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-# %% ../../nbs/run/60_data.ipynb #c000000c
+# %% ../../nbs/run/60_data.ipynb #c000000d
 _tokenizer_files = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"
 
 def load_tokenizer(
@@ -151,9 +151,10 @@ def load_tokenizer(
                          "copy the tokenizer's files here and pass their folder, or use 'bytes'") from e
     return SubwordTokenizer(folder.name if local else str(spec), tok)
 
-# %% ../../nbs/run/60_data.ipynb #c0000013
+# %% ../../nbs/run/60_data.ipynb #c0000015
 @dataclass(frozen=True)
 class Split:
+    "One part of a corpus as tokens, and the numbers of words and bytes they stand for"
     tokens:np.ndarray    # [n], a read-only memory map, uint16 or uint32
     n_bytes:int
     n_words:int          # white-space separated, plus one end-of-line for each line
@@ -161,22 +162,23 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    name:str
-    tokenizer:object
+    "The splits of a text under one tokenizer"
+    name:str             # what `load_corpus` was given
+    tokenizer:object     # see `load_tokenizer`
     splits:dict          # "train", "valid" and, where there is one, "test" -> Split
 
 _space = np.zeros(256, dtype=bool); _space[list(b" \t\n\r\v\f")] = True
 
 def count_words(
-    data:bytes,
-) -> int:       # words and ends of line
+    data:bytes,   # a text
+) -> int:         # words and ends of line
     "A word begins where a visible byte follows white space; a last line without its newline is a line"
     if not data: return 0
     gap = _space[np.frombuffer(data, dtype=np.uint8)]
     words = np.count_nonzero(gap[:-1] > gap[1:]) + (not gap[0])
     return int(words) + data.count(b"\n") + (not data.endswith(b"\n"))
 
-# %% ../../nbs/run/60_data.ipynb #c0000016
+# %% ../../nbs/run/60_data.ipynb #c0000018
 def cache_folder() -> Path:
     "Where tokens are kept unless a folder is given"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"okadfa"/"tokens"
@@ -207,7 +209,7 @@ def _store(folder:Path, key:str, tokens:np.ndarray) -> np.ndarray:
     except OSError as e:
         raise InputError(f"cannot keep tokens in {folder} ({e.strerror or e}); pass another folder as cache") from e
 
-# %% ../../nbs/run/60_data.ipynb #c0000018
+# %% ../../nbs/run/60_data.ipynb #c000001a
 _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "validation.txt", "wiki.valid.tokens"),
               test=("test.txt", "wiki.test.tokens"))
 _hub = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
@@ -270,7 +272,7 @@ def load_corpus(
     for k in missing: tokens[k] = _store(cache, key[k], tokens[k])
     return Corpus(name, tok, {k: Split(tokens[k], len(b), count_words(b), sha[k]) for k, (_, b) in texts.items()})
 
-# %% ../../nbs/run/60_data.ipynb #c0000020
+# %% ../../nbs/run/60_data.ipynb #c0000022
 def _whole(least:int, **sizes):
     "Refuse what is not a whole number of at least `least`"
     for name, v in sizes.items():
@@ -281,7 +283,7 @@ def _whole(least:int, **sizes):
 class TrainWindows(torch.utils.data.Dataset):
     "`n_samples` windows at random starts, each a function of (seed, i) alone"
     def __init__(self,
-        split:Split,
+        split:Split,       # what is read
         seq_len:int,       # tokens of a window
         n_samples:int,     # its length as a dataset
         seed:int=0,        # not negative
@@ -306,7 +308,7 @@ class TrainWindows(torch.utils.data.Dataset):
         w = torch.from_numpy(self.tokens[s:s + self.seq_len + 1].astype(np.int64))
         return w[:-1], w[1:]
 
-# %% ../../nbs/run/60_data.ipynb #c0000025
+# %% ../../nbs/run/60_data.ipynb #c0000027
 def eval_batches(
     split:Split,
     seq_len:int,            # tokens of a window
@@ -332,10 +334,10 @@ def eval_batches(
             yield torch.from_numpy(ids), torch.from_numpy(np.where(new, known, -100))
     return batches()
 
-# %% ../../nbs/run/60_data.ipynb #c000002c
+# %% ../../nbs/run/60_data.ipynb #c000002e
 def perplexities(
     total_nats:float,     # -ln p summed over every token of the split
-    split:Split,
+    split:Split,          # the split
 ) -> dict:                # token_ppl, word_ppl, bits_per_byte, nats_per_token, n_tokens, n_words, n_bytes
     "One loss in three units; only bits per byte and word perplexity compare across tokenizers"
     if total_nats < 0: raise InputError(f"a sum of -ln p cannot be negative, got {total_nats}; pass nats summed over all tokens")

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['autocast', 'evaluate']
 
-# %% ../../nbs/run/62_evaluate.ipynb #c0000002
+# %% ../../nbs/run/62_evaluate.ipynb #c0000003
 import torch
 from ..core import InputError
 from ..models.lm import LanguageModel
 from .data import Split, eval_batches, perplexities
 
-# %% ../../nbs/run/62_evaluate.ipynb #c0000005
+# %% ../../nbs/run/62_evaluate.ipynb #c0000006
 def autocast(device:torch.device, precision:str):
     "The autocast context of a precision, bf16 or fp32"
     if precision not in ("bf16", "fp32"): raise InputError(f"precision must be bf16 or fp32, got {precision!r}")
@@ -19,7 +19,7 @@ def autocast(device:torch.device, precision:str):
 
 @torch.no_grad()
 def evaluate(
-    model:LanguageModel,
+    model:LanguageModel,        # any credit rule; the loss is the same
     split:Split,                # tokens, with the numbers of words and bytes they stand for
     bos_id:int,                 # what the first token is predicted from
     seq_len:int|None=None,      # window in tokens, default the model's max_len

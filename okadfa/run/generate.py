@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['sample', 'generate']
 
-# %% ../../nbs/run/63_generate.ipynb #c0000002
+# %% ../../nbs/run/63_generate.ipynb #c0000003
 import torch
 from ..core import InputError
 from ..models.lm import LanguageModel
 
-# %% ../../nbs/run/63_generate.ipynb #c0000005
+# %% ../../nbs/run/63_generate.ipynb #c0000006
 def sample(
     logits:torch.Tensor,              # [v], float
     temperature:float=0.8,            # 0: the largest
     top_k:int|None=None,              # keep the k largest, None: all
-    generator:torch.Generator|None=None,
+    generator:torch.Generator|None=None,   # on the CPU
 ) -> int:                             # a token id
     "Draw one token"
     if temperature == 0: return logits.argmax().item()
@@ -25,7 +25,7 @@ def sample(
 
 @torch.no_grad()
 def generate(
-    model:LanguageModel,
+    model:LanguageModel,              # of the vocabulary of `prompt`
     prompt:list[int],                 # token ids; empty: start from `bos_id`
     n_tokens:int=200,                 # how many to add
     bos_id:int=256,                   # the token that texts start with

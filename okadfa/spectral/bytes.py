@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ByteEncoder']
 
-# %% ../../nbs/spectral/35_bytes.ipynb #c0000002
+# %% ../../nbs/spectral/35_bytes.ipynb #c0000003
 import hashlib
 import numpy as np
 from ..core import InputError
 
-# %% ../../nbs/spectral/35_bytes.ipynb #c0000007
+# %% ../../nbs/spectral/35_bytes.ipynb #c0000008
 class ByteEncoder:
     "UTF-8 bytes as the vocabulary: ids 0 to 255 are the bytes, specials follow"
     name, specials = "bytes", ("<bos>",)
