@@ -35,7 +35,7 @@ docs: $(READY)  ## build the site with quarto, or check the processed notebooks 
 	$(BIN)/python tests/docs_check.py --build
 
 bench: $(READY)  ## run every benchmark of this machine, append rows to results/
-	$(BIN)/okadfa benchmark head --out results
+	for t in float32 bfloat16; do $(BIN)/okadfa benchmark head --dtype $$t --out results || exit 1; done
 
 demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
 	for s in 0 1 2; do $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; done
