@@ -14,8 +14,8 @@ from ..core import InputError, append_row, read_rows
 # %% ../../nbs/run/67_demo.ipynb #c0000006
 RUNS = dict(okadfa=dict(mixer="favor", credit="dfa", ortho="1e-4"), baseline=dict(mixer="softmax", credit="bp", ortho="0"))
 TITLES = dict(okadfa="OKADFA: FAVOR+, DFA, penalty", baseline="baseline: softmax, BP")
-COMMON = dict(data="embedded", tokenizer="bytes", preset="tiny", n_layers="4", batch_size="8", lr="3e-3", warmup="60", diag_every="50", ortho_warmup="100")
-STEPS = 300
+COMMON = dict(data="embedded", tokenizer="bytes", preset="tiny", n_layers="4", batch_size="8", lr="3e-3", warmup="60", diag_every="25")
+STEPS = 200     # under four minutes on two quiet cores; a busy machine may need half as long again
 PROMPT = "The statement"
 
 def commands(
