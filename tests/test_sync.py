@@ -125,8 +125,8 @@ def stream(text, name="stdout"): return dict(output_type="stream", name=name, te
     ([cell("x = 1", id=None)], "no stored id"),
     ([cell("x = 1", id="a"), cell("y = 1", id="a")], "used twice"),
     ([cell("p = '/home/me/data'")], "path of one machine"),
-    ([cell("x = 1", outputs=[stream("wrote /tmp/x.json")])], "path of one machine"),
-    ([cell("x = 1", outputs=[dict(output_type="display_data", data={"text/html": ["<b>/root/x</b>"]})])], "path of one machine"),
+    ([cell("x = 1", outputs=[stream("wrote /home/x.json")])], "path of one machine"),
+    ([cell("x = 1", outputs=[dict(output_type="display_data", data={"text/html": ["<b>/home/x</b>"]})])], "path of one machine"),
     ([cell("x = 1", outputs=[stream("a.py:3: UserWarning: odd", "stderr")])], "stored warning"),
 ])
 def test_stored_faults_are_found(cells, said):
@@ -136,7 +136,7 @@ def test_stored_faults_are_found(cells, said):
 def test_sound_cells_pass():
     cells = [cell("print(1)", outputs=[stream("1\n")]), cell("#| slow\nprint(2)"), cell("#| eval: false\nx"), cell("x = 1;\nx;"),
              cell("see [data](https://example.org/home/x)", "markdown"), cell("y = 2", outputs=[dict(output_type="display_data",
-             data={"image/png": "ab/tmp/xyz"}, metadata={})])]
+             data={"image/png": "ab/home/xyz"}, metadata={})])]
     assert stored_problems(dict(cells=cells)) == []
 
 @pytest.mark.parametrize("first, said", [
