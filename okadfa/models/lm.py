@@ -38,7 +38,7 @@ class LMConfig:
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
-    seed:int = _opt(0, "of initial weights, random features and feedback")
+    seed:int = _opt(0, "of initial weights, random features, feedback, and the order of the text when training")
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_len", "expand"):

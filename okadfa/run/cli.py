@@ -26,7 +26,7 @@ def config_options(cls, skip:tuple=()):
     def decorate(f):
         for field in reversed(dataclasses.fields(cls)):
             if field.name in skip: continue
-            default = "" if field.default is None else f"  [default: {field.default}]"
+            default = "  [default: the preset's]" if field.name in PRESETS["tiny"] else "" if field.default is None else f"  [default: {field.default}]"
             decl = f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}" if _field_type(field) is bool else _flag(field.name)
             f = click.option(decl, field.name, type=_field_type(field), default=None, help=field.metadata["help"] + default)(f)
         return f
