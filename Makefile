@@ -37,13 +37,13 @@ docs: $(READY)  ## build the site with quarto, or check the processed notebooks 
 bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	for t in float32 bfloat16; do $(BIN)/okadfa benchmark head --dtype $$t --out results || exit 1; done
 
+SEEDS     ?= 0 1 2
 demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
-	for s in 0 1 2; do $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; done
+	for s in $(SEEDS); do $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; done
 
 # DATA and TOKENIZER may be folders, where there is no network: make wikitext DATA=.../wikitext-2 TOKENIZER=.../gpt2-bpe
 DATA      ?= wikitext-2
 TOKENIZER ?= gpt2
-SEEDS     ?= 0 1 2
 WIKITEXT  := --data $(DATA) --tokenizer $(TOKENIZER) --preset tiny --steps 100 --batch-size 16 --lr 2e-3 --results results/wikitext.jsonl
 OKADFA    ?= $(BIN)/okadfa
 wikitext:  ## OKADFA and its baseline on WikiText-2, rows appended to results/wikitext.jsonl
