@@ -113,7 +113,7 @@ def demo(
 ) -> dict[str, dict]:                # title -> row
     "Train both models and write table.md, demo.png, samples.txt and two run folders with checkpoints"
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.table import Table
     from okadfa.models.hub import load_model
     from okadfa.run.data import load_tokenizer
     from okadfa.run.generate import generate
@@ -139,7 +139,9 @@ def demo(
     part.rename(out)
     if results is not None:
         for name, r in zip(RUNS, rows.values()): append_row(Path(results)/"demo.jsonl", dict(kind="demo", run=name, title=TITLES[name]) | r)
-    console.print(Markdown(table(rows))); console.print()
+    shown = Table("", *rows)                                  # one column a model: it fits a narrow terminal
+    for key, (heading, form) in COLUMNS.items(): shown.add_row(heading, *(form.format(r[key]) for r in rows.values()))
+    console.print(shown); console.print()
     console.print(samples, markup=False, highlight=False)
     a, b = (r["bits_per_byte"] for r in rows.values())
     console.print(f"The price of both replacements: {a - b:+.3f} bits per byte after {steps} steps.\n"
