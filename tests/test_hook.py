@@ -176,3 +176,184 @@ def test_refusals():
     with pytest.raises(InputError, match="at least one"): DFAHook([], FeedbackMatrices([3], 3))
     m = LanguageModel(LMConfig(**SIZE, credit="bp"))
     with pytest.raises(InputError, match="no feedback"): m.loss(*text(), credit="dfa")
+
+# --- what a plain reference says: the stack by hand, one detached block at a time ---------------------------------------
+
+def by_hand(m, ids, targets, errors):
+    "Gradients of the blocks when block l's output gets errors(delta, inputs, outputs)[l]"
+    x, inputs, outputs = m.embed(ids)*m.config.d_model**0.5, [], []
+    for b in m.blocks:
+        inputs.append(x.detach().requires_grad_()); outputs.append(b(inputs[-1])); x = outputs[-1]
+    top = x.detach().requires_grad_()
+    loss = nn.functional.cross_entropy((m.norm(top) @ m.embed.weight.T).flatten(0, 1), targets.flatten())
+    delta, = torch.autograd.grad(loss, top)
+    es, out = errors(delta, inputs, outputs), {}
+    for l, b in enumerate(m.blocks):
+        gs = torch.autograd.grad(outputs[l], list(b.parameters()), es[l], retain_graph=True)
+        out |= {f"blocks.{l}.{n}": g for (n, _), g in zip(b.named_parameters(), gs)}
+    return out
+
+def check_blocks(m, ids, targets, errors, tol=1e-9):
+    m.zero_grad(); m.loss(ids, targets).backward()
+    got = grads(m)
+    for n, g in by_hand(m, ids, targets, errors).items(): assert_rel(n, g, got[n], tol)
+
+def vjp(o, i, e): return torch.autograd.grad(o, i, e, retain_graph=True)[0]
+
+@pytest.mark.parametrize("kind", ["uniform", "shared", "gaussian"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_one_round_is_its_formula(kind, checkpoint):
+    m = model(feedback=kind, rounds=1, checkpoint=checkpoint)
+    def errors(delta, i, o):
+        guess = [delta @ m.feedback.matrix(l).double().T for l in range(3)] + [delta]
+        return [delta + sum(vjp(o[j], i[j], guess[j]) - guess[j] for j in range(l + 1, 4)) for l in range(4)]
+    check_blocks(m, *text(b=3, n=13), errors, 1e-6)
+
+def test_half_a_round_is_its_formula():
+    m = model(feedback="identity", half_round=True)
+    def errors(delta, i, o):
+        terms = []
+        for x, b in zip(i, m.blocks):
+            mid = b.attend(x).detach().requires_grad_()
+            terms.append(vjp(b.feed(mid), mid, delta) - delta)
+        return [delta + sum(terms[l+1:]) for l in range(4)]
+    check_blocks(m, *text(b=3, n=13), errors)
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_stages_backpropagate_inside(stages):
+    m, groups = model(feedback="identity", stages=stages), torch.arange(4).tensor_split(stages)
+    def errors(delta, i, o):
+        es = [delta]*4
+        for g in groups:
+            for l in reversed(g[:-1].tolist()): es[l] = vjp(o[l+1], i[l+1], es[l+1])
+        return es
+    check_blocks(m, *text(), errors)
+
+@pytest.mark.parametrize("norm", ["batch", "token"])
+def test_normalised_errors(norm):
+    m, (ids, targets) = model(error_norm=norm), text()
+    targets[0, :3] = -100
+    seen = arrivals(m, lambda: m.loss(ids, targets))
+    for l in range(4):
+        e = seen["top"] @ m.feedback.matrix(l).double().T
+        size = e.square().mean().sqrt() if norm == "batch" else e.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+        assert_rel(f"block {l}", e/size/targets.numel(), seen[l], 1e-6)
+        assert (seen[l][0, :3] == 0).all()                  # a token that does not count has no error, at any scale
+
+def test_direct_feedback_inside_the_mlp_is_its_formula():
+    "Third level: delta_1 = (B delta) * phi'(z), grad W_1 = delta_1^T h_0; W_2, which ends the branch, gets the error itself"
+    m, (ids, targets) = model(granularity="full", feedback="gaussian"), text()
+    reads = {}
+    for l, b in enumerate(m.blocks):
+        b.mlp[0].register_forward_pre_hook(lambda mod, args, l=l: reads.__setitem__(l, args[0].detach()))
+    seen = {}
+    m.norm.register_forward_pre_hook(lambda mod, args: args[0].register_hook(lambda g: seen.__setitem__("top", g)) and None)
+    m.loss(ids, targets).backward()
+    got, delta = grads(m), seen["top"].flatten(0, 1)
+    for l, b in enumerate(m.blocks):
+        h0 = reads[l].flatten(0, 1)
+        z = b.mlp[0](h0).detach().requires_grad_()
+        h1 = b.mlp[1](z)
+        slope, = torch.autograd.grad(h1.sum(), z)
+        d1 = (delta @ m.inner_feedback.matrix(l).double().T)*slope
+        e = delta @ m.feedback.matrix(2*l + 1).double().T
+        for name, ref in (("0.weight", d1.T @ h0), ("0.bias", d1.sum(0)), ("2.weight", e.T @ h1.detach()), ("2.bias", e.sum(0))):
+            assert_rel(f"block {l} {name}", ref, got[f"blocks.{l}.feed.body.{name}"], 1e-6)
+
+def test_micro_cuts_between_the_branches():
+    m, (ids, targets) = model(granularity="micro", feedback="orthogonal"), text()
+    seen, handles = {}, []
+    for l, b in enumerate(m.blocks):
+        for i, branch in enumerate((b.attend, b.feed)):
+            branch.register_forward_hook(lambda mod, args, out, k=2*l + i: out.register_hook(lambda g: seen.__setitem__(k, g)) and None)
+    seen |= arrivals(m, lambda: m.loss(ids, targets))            # its own keys 0..3 are blocks: overwritten by the same tensors below
+    delta, got = seen["top"], grads(m)
+    x = m.embed(ids)*4.
+    for l, b in enumerate(m.blocks):
+        for i, branch in enumerate((b.attend, b.feed)):
+            ref = torch.autograd.grad(branch(x.detach()), list(branch.parameters()), delta @ m.feedback.matrix(2*l + i).double().T)
+            for (n, _), r in zip(branch.named_parameters(), ref): assert_rel(n, r, got[f"blocks.{l}.{('attend', 'feed')[i]}.{n}"], 1e-6)
+            x = branch(x)
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_compiled_blocks(how, rounds):
+    m, (ids, targets) = model(feedback="orthogonal", rounds=rounds), text()
+    m.loss(ids, targets).backward(); want = grads(m); m.zero_grad()
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):      # a round runs backward through a graph that is kept
+        for l in range(4):
+            if how == "wrapped": m.blocks[l] = torch.compile(m.blocks[l], backend="aot_eager")
+            else: m.blocks[l].compile(backend="aot_eager")
+        m.loss(ids, targets).backward()
+    got = {n.replace("_orig_mod.", ""): g for n, g in grads(m).items()}
+    for n, g in want.items(): assert_rel(n, g, got[n], 1e-8)
+
+# --- feedback that learns ---------------------------------------------------------------------------------------------
+
+def test_calibration_sees_the_true_errors_and_only_when_due():
+    m, (ids, targets) = model(feedback="calibrated", refresh=3), text()
+    asked, observe = [], m.feedback.observe
+    m.feedback.observe = lambda delta, errors: (asked.append((delta, errors)), observe(delta, errors))
+    for i in range(7): m.loss(ids, targets).backward()
+    assert len(asked) == 3
+    true = arrivals(m, lambda: m.loss(ids, targets, credit="bp"))
+    for l, e in enumerate(asked[0][1]): assert_rel(f"block {l}", true[l], e, 1e-9)
+    before = m.feedback.matrix(0).clone()
+    m.eval(); [m.loss(ids, targets).backward() for _ in range(4)]
+    assert len(asked) == 3 and torch.equal(before, m.feedback.matrix(0)) and m.feedback.passes == 7
+
+def test_calibration_does_not_touch_the_gradients_of_its_own_probe():
+    m, (ids, targets) = model(feedback="calibrated", refresh=1), text()
+    m.loss(ids, targets).backward(); m.zero_grad()
+    m.loss(ids, targets).backward(); got = grads(m)
+    check = {n: g for n, g in by_hand(m, ids, targets, lambda d, i, o: [d @ m.feedback.matrix(l).double().T for l in range(4)]).items()}
+    for n, g in check.items(): assert_rel(n, g, got[n], 1e-5)
+
+def test_calibrated_errors_are_closer_on_text_never_seen():
+    m = model(feedback="calibrated", refresh=1, n_layers=4).float()
+    with torch.no_grad():                                          # branches of a trained model's size
+        for n, p in m.blocks.named_parameters(): p.mul_(4 if p.ndim > 1 else 1)
+    for seed in range(20): m.loss(*text(b=16, seed=seed)).backward()
+    ids, targets = text(b=16, seed=99)
+    true = arrivals(m, lambda: m.loss(ids, targets, credit="bp"))
+    for l in range(3):
+        miss = lambda e: (e - true[l]).norm().item()
+        assert miss(m.feedback.local_error(l, true["top"])) < 0.98*miss(true["top"]), l
+
+def test_kolen_pollack_moves_along_activity_and_error():
+    m, (ids, targets) = model(feedback="kolen-pollack"), text()
+    before = m.feedback.matrix(1).clone()
+    outs = {}
+    m.blocks[1].register_forward_hook(lambda mod, args, out: outs.__setitem__("h", out.detach()) and None)
+    top = arrivals(m, lambda: m.loss(ids, targets))["top"].flatten(0, 1)
+    h = outs["h"].flatten(0, 1)
+    unit = lambda x: x/x.square().mean().sqrt()
+    assert_rel("update", before*(1 - .001) - .01*unit(h).T @ unit(top)/len(h), m.feedback.matrix(1).double(), 1e-4)
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+def _replica(rank, port, kind, folder):
+    import os
+    from torch.nn.parallel import DistributedDataParallel
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    m, (ids, targets) = model(feedback=kind, refresh=2, rounds=1 if kind == "identity" else 0), text(b=6)
+    ddp = DistributedDataParallel(m)
+    for _ in range(3):                                             # of equal weight: targets are all counted
+        m.zero_grad(); ddp(ids[rank::2], targets=targets[rank::2]).backward()
+    torch.save((grads(m), [m.feedback.matrix(l) for l in range(4)]), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize("kind", ["identity", "gaussian", "calibrated", "kolen-pollack"])
+def test_two_replicas_equal_one_process_on_the_whole_batch(kind, tmp_path):
+    import socket, torch.multiprocessing as mp
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    mp.spawn(_replica, (port, kind, str(tmp_path)), nprocs=2)
+    m, (ids, targets) = model(feedback=kind, refresh=2, rounds=1 if kind == "identity" else 0), text(b=6)
+    for _ in range(3): m.zero_grad(); m.loss(ids, targets).backward()
+    for rank in (0, 1):
+        got, matrices = torch.load(tmp_path/f"{rank}.pt")
+        for l in range(4): assert_rel(f"matrix {l}", m.feedback.matrix(l), matrices[l], 1e-5)
+        for n, g in grads(m).items(): assert_rel(n, g, got[n], 1e-5)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from ..core import InputError, seeded_generator
-from ..dfa.feedback import FeedbackMatrices
+from ..dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices
 from ..dfa.hook import DFAHook
 from .block import Block, make_mixer
 from .head import linear_cross_entropy
@@ -30,10 +30,16 @@ class LMConfig:
     max_len:int = _opt(256, "longest sequence in tokens")
     mixer:str = _opt("favor", "sequence mixer: favor | softmax")
     credit:str = _opt("dfa", "credit rule between blocks: dfa | bp | frozen (only the last block and the head learn)")
-    feedback:str = _opt("identity", "feedback matrices: identity | gaussian | orthogonal")
+    feedback:str = _opt("identity", f"feedback: {' | '.join(FEEDBACK_KINDS)}")
+    granularity:str = _opt("block", "where errors arrive directly: block | micro (each branch) | full (each branch, and inside the MLP)")
+    stages:int = _opt(0, "cut the blocks into this many groups, with backpropagation inside each; 0: every block is one")
     rounds:int = _opt(0, "correction rounds from direct feedback towards BP")
+    half_round:bool = _opt(False, "add every MLP's own Jacobian to identity feedback (half a correction round)")
+    error_norm:str = _opt("none", "size of the errors: none (as they are) | batch | token (normalised over the batch, or each token's)")
+    refresh:int = _opt(100, "calibrated feedback: backward passes from one sample of true errors to the next")
     error_site:str = _opt("hidden", "where the error is taken: hidden (final hidden state) | logits")
     embedding_credit:str = _opt("block", "credit of the embedding: block (through the first block) | direct | none")
+    embed_std:float = _opt(0.02, "initial standard deviation of the embedding's entries; they enter the stream times sqrt(d_model)")
     m:int|None = _opt(None, "random features a head, default 4 * d_model / n_heads")
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
@@ -47,11 +53,20 @@ class LMConfig:
         if self.rounds < 0: raise InputError(f"rounds must be 0 or more, got {self.rounds}")
         if self.d_model % self.n_heads: raise InputError(f"d_model must be divisible by n_heads, got d_model={self.d_model} n_heads={self.n_heads}")
         if self.d_model//self.n_heads % 2: raise InputError(f"d_model / n_heads must be even for rotary positions, got {self.d_model//self.n_heads}")
-        for name, known in dict(mixer=("favor", "softmax"), credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"),
-                                feedback=("identity", "gaussian", "orthogonal"), embedding_credit=("block", "direct", "none")).items():
+        if not 0 <= self.stages <= self.n_layers: raise InputError(f"stages must be from 0 to n_layers={self.n_layers}, got {self.stages}")
+        if self.stages and self.granularity != "block": raise InputError("stages are groups of blocks: they need granularity='block'")
+        if self.refresh < 1 or self.embed_std <= 0: raise InputError(f"need refresh >= 1 and embed_std > 0, got {self.refresh} and {self.embed_std}")
+        for name, known in dict(mixer=("favor", "softmax"), credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
+                                feedback=tuple(FEEDBACK_KINDS), granularity=("block", "micro", "full"), embedding_credit=("block", "direct", "none")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
-        if self.credit == "dfa" and self.error_site == "logits" and (self.feedback == "identity" or self.rounds):
-            raise InputError("error_site='logits' needs feedback gaussian or orthogonal, and rounds=0: the error there is v-dimensional")
+        if self.credit != "dfa": return
+        learns, at_logits, random = FEEDBACK_KINDS[self.feedback].learns, self.error_site == "logits", "gaussian, uniform, orthogonal or shared"
+        if at_logits and (self.feedback == "identity" or learns or self.rounds or self.granularity == "full"):
+            raise InputError(f"error_site='logits' needs feedback {random}, rounds=0 and granularity block or micro: the error there is v-dimensional")
+        if self.half_round and (self.feedback != "identity" or self.granularity != "block" or self.stages or self.checkpoint):
+            raise InputError("half_round needs feedback='identity', granularity='block', stages=0 and no checkpoint")
+        if self.granularity == "full" and self.rounds: raise InputError("granularity='full' needs rounds=0: the MLP is cut, so its Jacobian is not there to be used")
+        if self.granularity != "block" and self.checkpoint: raise InputError("checkpoint=True needs granularity='block': a block is recomputed as a whole")
 
 PRESETS = dict(tiny=dict(n_layers=2, d_model=256, n_heads=4, max_len=256), default=dict(n_layers=6, d_model=512, n_heads=8, max_len=512),
     **{"gpt2-small": dict(n_layers=12, d_model=768, n_heads=12, max_len=1024)})
@@ -74,8 +89,13 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
-        self.feedback = FeedbackMatrices([c.d_model]*c.n_layers, c.d_model if c.error_site == "hidden" else c.vocab_size,
-                                         kind=c.feedback, seed=42 + c.seed) if c.credit == "dfa" else None
+        self.feedback = self.inner_feedback = None
+        if c.credit == "dfa":
+            pieces, site = len(self.pieces()), c.d_model if c.error_site == "hidden" else c.vocab_size
+            self.feedback = FeedbackMatrices([c.d_model]*pieces, site, kind=c.feedback, seed=42 + c.seed, refresh=c.refresh)
+            if c.granularity == "full":       # inside the MLP the widths differ: no identity, and nothing to calibrate with
+                kind = c.feedback if c.feedback in ("gaussian", "uniform", "shared") else "orthogonal"
+                self.inner_feedback = FeedbackMatrices([c.expand*c.d_model]*c.n_layers, c.d_model, kind=kind, seed=4200 + c.seed)
         self._init_weights()
 
     @torch.no_grad()
@@ -84,8 +104,9 @@ class LanguageModel(nn.Module):
         g = seeded_generator("weights", self.config.seed)
         for name, p in self.named_parameters():
             if p.ndim < 2: continue                  # LayerNorm starts at 1 and 0; biases are set below
-            writes = name.endswith(("mixer.out.weight", "mlp.2.weight"))
-            p.copy_(torch.randn(p.shape, generator=g)*(0.02/math.sqrt(2*self.config.n_layers) if writes else 0.02))
+            writes = name.endswith(("attend.body.out.weight", "feed.body.2.weight"))
+            std = self.config.embed_std if name == "embed.weight" else 0.02/math.sqrt(2*self.config.n_layers) if writes else 0.02
+            p.copy_(torch.randn(p.shape, generator=g)*std)
         for m in self.modules():
             if isinstance(m, nn.Linear) and m.bias is not None: m.bias.zero_()
 
@@ -97,18 +118,21 @@ class LanguageModel(nn.Module):
         "The mixers that have projection matrices, for the orthogonality penalty"
         return [b.mixer for b in self.blocks if hasattr(b.mixer, "projection_matrices")]
 
-    def _stem(self, ids:Tensor) -> Tensor:
-        if ids.ndim != 2: raise InputError(f"ids must be [b n], got {tuple(ids.shape)}")
-        if ids.shape[1] > self.config.max_len: raise InputError(f"sequence of {ids.shape[1]} tokens is longer than max_len={self.config.max_len}")
-        return self.embed(ids)
+    def pieces(self) -> list:
+        "What the credit rule cuts apart: the blocks, groups of them, or with granularity micro and full their branches"
+        if self.config.stages: return [[self.blocks[l] for l in group] for group in torch.arange(len(self.blocks)).tensor_split(self.config.stages)]
+        if self.config.granularity == "block": return list(self.blocks)
+        return [branch for b in self.blocks for branch in (b.attend, b.feed)]
 
     def _hook(self, credit:str):
         "The context in which the blocks run: the hook for DFA, nothing for the other rules"
         c = self.config
         if credit != "dfa": return nullcontext()
         if self.feedback is None: raise InputError(f"this model was made with credit={c.credit!r} and has no feedback matrices")
-        return DFAHook(self.blocks, self.feedback, embedding=c.embedding_credit, rounds=c.rounds,
-                       site="hidden" if c.error_site == "hidden" else "caller")
+        return DFAHook(self.pieces(), self.feedback, embedding=c.embedding_credit, rounds=c.rounds, error_norm=c.error_norm,
+                       site="hidden" if c.error_site == "hidden" else "caller",
+                       inner=[] if self.inner_feedback is None else [b.mlp[2] for b in self.blocks], inner_feedback=self.inner_feedback,
+                       halves=[b.feed for b in self.blocks] if c.half_round else [])
 
     def stream(self,
         ids:Tensor,      # token ids [b n]
@@ -138,7 +162,9 @@ class LanguageModel(nn.Module):
                 logits = h @ self.embed.weight.T
                 return hook.broadcast(logits) if waiting else logits
             extra = {}
-            if waiting: extra = dict(outputs=torch.cat(hook.outputs, -1), feedback=torch.cat([self.feedback.matrix(l) for l in range(len(self.blocks))]))
+            if waiting:                        # the errors at the logits exist one chunk at a time
+                boxes, layers = zip(*hook.boxes)
+                extra = dict(outputs=torch.cat(boxes, -1), feedback=torch.cat([self.feedback.matrix(l) for l in layers]))
             return linear_cross_entropy(h, self.embed.weight, targets, chunk=chunk, reduction=reduction, **extra)
 
     def loss(self, ids:Tensor, targets:Tensor, **kwargs) -> Tensor:

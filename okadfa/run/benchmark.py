@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'paired_times', 'spread', 'summary', 'ratio', 'peak_memory', 'checkpointed_cross_entropy',
-           'head_variants', 'benchmark_head', 'print_table']
+           'head_variants', 'benchmark_head', 'print_table', 'LMStem', 'LMHead', 'model_stages', 'memory_variants',
+           'benchmark_memory', 'print_memory', 'benchmark_pipeline', 'print_pipeline']
 
 # %% ../../nbs/run/64_benchmark.ipynb #c0000003
-import ctypes, gc, multiprocessing, resource, sys, time
+import ctypes, gc, math, multiprocessing, resource, sys, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..core import InputError, append_row, assert_rel, default_device, seed_everything
+from ..dfa.parallel import Stage, UnlockedStack, balance, pipeline_step, run_processes, step_time, sum_tied
 from ..models.head import linear_cross_entropy, linear_cross_entropy_ref
+from ..models.lm import LMConfig, LanguageModel
 
 # %% ../../nbs/run/64_benchmark.ipynb #c0000006
 def _sync() -> None:
@@ -178,3 +182,273 @@ def print_table(
         table.add_row(r["variant"], show(r["seconds"], 1e3), show(r["ratio"], 1, 2) if r["ratio"] else "-",
                       f"{r['peak_bytes']/2**20:.0f}", f"{r['error']:.0e}")
     Console(width=118).print(table)
+
+# %% ../../nbs/run/64_benchmark.ipynb #c0000019
+class LMStem(nn.Module):
+    "What a `LanguageModel` does below its first block"
+    def __init__(self, embed:nn.Embedding):
+        super().__init__()
+        self.embed = embed
+    def forward(self, ids:Tensor) -> Tensor: return self.embed(ids)*math.sqrt(self.embed.embedding_dim)
+
+class LMHead(nn.Module):
+    "What it does above its last block: the loss of a part of the batch, so that the parts add up to the mean over the whole"
+    def __init__(self,
+        norm:nn.Module,         # the final LayerNorm
+        weight:nn.Parameter,    # the embedding's [v d]
+        count:int,              # targets in the whole batch
+    ):
+        super().__init__()
+        self.norm, self.weight, self.count = norm, weight, count
+    def forward(self, h:Tensor, targets:Tensor) -> Tensor:
+        return linear_cross_entropy(self.norm(h), self.weight, targets, reduction="sum")/self.count
+
+def model_stages(
+    model:LanguageModel,       # made with credit="dfa"
+    sizes:list[int],           # pieces of each stage, from the bottom up: blocks, or groups of them with the config's `stages`
+    count:int,                 # targets in the whole batch, of which the loss is the mean
+    recompute:bool=False,      # keep the blocks' inputs only
+) -> list[Stage]:              # they share the model's parameters
+    "A language model cut into stages. Raises InputError for sizes that do not add up"
+    pieces = [nn.Sequential(*p) if isinstance(p, (list, tuple)) else p for p in model.pieces()]
+    if sum(sizes) != len(pieces) or min(sizes) < 1: raise InputError(f"{len(pieces)} pieces cannot be cut into stages of {sizes}")
+    first = [sum(sizes[:s]) for s in range(len(sizes))]
+    return [Stage(pieces[f:f + n], model.feedback, first=f, recompute=recompute, stem=LMStem(model.embed) if f == 0 else None,
+                  head=LMHead(model.norm, model.embed.weight, count) if s == len(sizes) - 1 else None) for s, (f, n) in enumerate(zip(first, sizes))]
+
+# %% ../../nbs/run/64_benchmark.ipynb #c000001a
+def memory_variants(
+    model:LanguageModel,   # made with credit="dfa", without checkpointing
+    ids:Tensor,            # [b n]
+    targets:Tensor,        # [b n]
+) -> dict[str,tuple[str,Callable]]:   # variant -> (rule, training step)
+    "What `benchmark_memory` compares; the first is the baseline"
+    def whole(rule, recompute):
+        def step():
+            for b in model.blocks: b.checkpoint = recompute
+            try: model.loss(ids, targets, credit=rule).backward()
+            finally:
+                for b in model.blocks: b.checkpoint = False
+        return rule, step
+    def unlocked(recompute):
+        stage = model_stages(model, [len(model.blocks)], targets.numel(), recompute)[0]
+        def step():
+            top, back = stage.run(ids, "dfa")
+            stage.head(top, targets).backward()
+            back(top.grad)
+        return "dfa", step
+    return {"BP": whole("bp", False), "BP, checkpointed": whole("bp", True), "DFA hook": whole("dfa", False),
+            "DFA hook, checkpointed": whole("dfa", True), "DFA unlocked": unlocked(False), "DFA unlocked, recomputed": unlocked(True)}
+
+def _grads(module:nn.Module, step:Callable) -> dict[str,Tensor]:
+    module.zero_grad(); step()
+    return {n: p.grad.clone() for n, p in module.named_parameters()}
+
+def benchmark_memory(
+    n_layers:int=12,              # blocks
+    d:int=256,                    # width
+    n:int=256,                    # tokens of a sequence
+    b:int=8,                      # sequences
+    vocab:int=257,                # vocabulary
+    mixer:str="favor",            # "favor" | "softmax"
+    feedback:str="identity",      # kind of feedback
+    repeats:int=3,                # measurements of each variant
+    out:str|Path|None=None,       # folder: rows are appended to its memory.jsonl
+    seed:int=0,                   # of the weights and the tokens
+    timeout:float=1200.,          # seconds for all of it
+) -> list[dict]:                  # one row a variant
+    "Peak memory of one training step beyond weights and gradients, for BP and DFA, with and without recomputation"
+    if min(n_layers, d, n, b, vocab, repeats) < 1: raise InputError("layers, d, n, b, vocab and repeats must be at least 1")
+    rows = run_processes(_memory_rows, [(n_layers, d, n, b, vocab, mixer, feedback, repeats, seed)], timeout=timeout)[0]
+    return [append_row(Path(out)/"memory.jsonl", row) for row in rows] if out is not None else rows
+
+def _memory_rows(n_layers, d, n, b, vocab, mixer, feedback, repeats, seed) -> list[dict]:
+    "What the process of `benchmark_memory` does"
+    _glibc("mallopt", -3, 2**16)      # before there is a heap: from here on every tensor worth counting goes back when freed
+    device, heads = default_device(), max(1, d//64); seed_everything(seed)
+    model = LanguageModel(LMConfig(vocab_size=vocab, d_model=d, n_layers=n_layers, n_heads=heads, max_len=n, mixer=mixer, credit="dfa",
+                                   feedback=feedback, seed=seed)).to(device)
+    ids, targets = torch.randint(vocab, (2, b, n), device=device)
+    variants, truth, rows = memory_variants(model, ids, targets), {}, {}
+    share = model.feedback.nbytes/sum(p.numel()*p.element_size() for p in model.parameters())
+    for name, (rule, step) in variants.items():      # the first of each rule is the reference; all leave allocated gradients
+        row = rows[name] = dict(kind="memory", variant=name, rule=rule, n_layers=n_layers, d=d, n=n, b=b, vocab=vocab, mixer=mixer,
+                                feedback=feedback, feedback_bytes=model.feedback.nbytes, feedback_share=share, repeats=repeats, seed=seed)
+        got = _grads(model, step); ref = truth.setdefault(rule, got)
+        try: row.update(ok=True, error=max(assert_rel(k, ref[k], got[k], 1e-4) for k in ref))
+        except AssertionError as e: row.update(ok=False, failure=str(e))
+    del truth, ref, got
+    for name, row in rows.items():
+        if row["ok"]: row["peak_bytes"] = spread([peak_memory(variants[name][1], device) for _ in range(repeats)])
+    for row in rows.values():
+        for key, base in (("ratio", "BP"), ("ratio_checkpointed", "BP, checkpointed")):
+            if row["ok"] and rows[base]["ok"]: row[key] = row["peak_bytes"]["median"]/rows[base]["peak_bytes"]["median"]
+    return list(rows.values())
+
+def print_memory(
+    rows:list[dict],   # from `benchmark_memory`
+) -> None:
+    "Print rows as a table"
+    from rich.console import Console
+    from rich.table import Table
+    r = rows[0]
+    table = Table("variant", "peak (MiB)", "/ BP", "/ checkpointed BP", "gradient error",
+                  title=f"training step, {r['n_layers']} blocks, d = {r['d']}, {r['b']} x {r['n']} tokens, {r['mixer']}; feedback "
+                        f"{r['feedback']}: {r['feedback_share']:.1%} of the parameters")
+    for r in rows:
+        if not r["ok"]: table.add_row(r["variant"], "-", "-", "-", "failed: " + r["failure"]); continue
+        ratios = [f"{r[k]:.3f}" if k in r else "-" for k in ("ratio", "ratio_checkpointed")]
+        table.add_row(r["variant"], f"{r['peak_bytes']['median']/2**20:.0f}", *ratios, f"{r['error']:.0e}")
+    Console(width=118).print(table)
+
+# %% ../../nbs/run/64_benchmark.ipynb #c000001f
+def _torch_gpipe(stage:Stage, ids:Tensor, targets:Tensor, microbatches:int) -> Callable:
+    "The same step by PyTorch's own schedule"
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+    rank, n = dist.get_rank(), dist.get_world_size()
+    schedule = ScheduleGPipe(PipelineStage(stage, rank, n, ids.device), microbatches, loss_fn=lambda h, t: stage.head(h, t), scale_grads=False)
+    return lambda: schedule.step(*([ids] if rank == 0 else []), **(dict(target=targets) if rank == n - 1 else {}), return_outputs=False)
+
+def _clock(fn:Callable, device:torch.device) -> float:
+    "Seconds from the first process's start to the last one's end, the same in every process"
+    _sync(); dist.barrier()
+    start = time.perf_counter(); fn(); _sync()
+    both = torch.tensor([-start, time.perf_counter()], dtype=torch.float64, device=device)      # processes of one machine share the clock
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return both.sum().item()
+
+def _units(stage:Stage, ids:Tensor, targets:Tensor, rule:str) -> dict[str,float]:
+    "This stage's own times for one microbatch, measured while the other stages do the same"
+    def timed(fn):
+        _sync(); dist.barrier(); start = time.perf_counter(); got = fn(); _sync()
+        return got, time.perf_counter() - start
+    width, dtype = stage.stack.feedback.layer_dims[0], next(stage.stack.parameters()).dtype
+    x = ids if stage.stem is not None else torch.randn(*ids.shape, width, dtype=dtype, device=ids.device)
+    (h, back), forward = timed(lambda: stage.run(x, rule))
+    _, head = timed(lambda: stage.head(h, targets).backward() if stage.head is not None else None)
+    error = h.grad if stage.head is not None else torch.randn_like(h)*1e-3
+    _, backward = timed(lambda: back(error))
+    return dict(forward=forward, head=head if stage.head is not None else 0., backward=backward)
+
+def _link(like:Tensor) -> float:
+    "Seconds for one such tensor to reach the next process"
+    rank, n = dist.get_rank(), dist.get_world_size()
+    if n == 1: return 0.
+    dist.barrier(); start = time.perf_counter()
+    if rank == 0: dist.send(like, 1); dist.recv(like, 1)
+    if rank == 1: dist.recv(like, 0); dist.send(like, 0)
+    _sync()
+    return (time.perf_counter() - start)/2
+
+def _stage_peak(fn:Callable, device:torch.device) -> int|None:
+    "Bytes that this process needs during one step beyond what it held before; None where the system does not tell"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); fn(); torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _glibc("mallopt", -3, 2**20); gc.collect(); _glibc("malloc_trim", 0)
+    def status(key): return next(int(line.split()[1])*1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    try: Path("/proc/self/clear_refs").write_text("5"); before = status("VmRSS"); fn(); return status("VmHWM") - before    # 5: forget the peak
+    except (OSError, StopIteration): fn(); return None
+
+def _pipeline_worker(stage, ids, targets, microbatches, repeats, truth) -> dict:
+    "What each process of `benchmark_pipeline` does; returns by number of microbatches"
+    results, rank, device = {}, dist.get_rank(), ids.device
+    torch.manual_seed(rank)
+    for m in microbatches:
+        variants = {rule: (lambda rule=rule: pipeline_step(stage, ids, targets, m, rule)) for rule in ("bp", "dfa")}
+        variants = {"bp": variants["bp"], "torch GPipe": _torch_gpipe(stage, ids, targets, m), "dfa": variants["dfa"]}
+        errors = {}
+        for name, step in variants.items():
+            stage.zero_grad(); step(); got = {k: p.grad.clone() for k, p in stage.named_parameters()}
+            for k in ("stem.embed.weight", "head.weight"):
+                if k in got: sum_tied(got[k])
+            try: errors[name] = max(assert_rel(k, r, got[k], 1e-4) for k, r in truth["dfa" if name == "dfa" else "bp"].items())
+            except AssertionError as e: errors[name] = f"stage {rank}: {e}"
+        part, part_targets = ids.tensor_split(m)[0], targets.tensor_split(m)[0]
+        stream = torch.zeros(*part.shape, stage.stack.feedback.layer_dims[0], dtype=next(stage.parameters()).dtype, device=device)
+        times, units, links = {name: [] for name in variants}, dict(bp=[], dfa=[]), []
+        for _ in range(repeats):
+            for name, step in variants.items(): times[name].append(_clock(step, device))
+            for rule in units: units[rule].append(_units(stage, part, part_targets, rule))
+            links.append(_link(stream))
+        results[m] = dict(errors=errors, times=times, units=units, links=links, steps=variants)
+    for r in results.values(): r["peaks"] = {name: _stage_peak(step, device) for name, step in r.pop("steps").items()}
+    return results
+
+# %% ../../nbs/run/64_benchmark.ipynb #c0000020
+def _median(xs) -> float: return spread(list(xs))["median"]
+
+def _predict(results:list[dict], m:int, rule:str) -> tuple[float,dict]:
+    "The cost model's step time, and the units it is computed from"
+    units = {k: [_median(u[k] for u in r[m]["units"][rule]) for r in results] for k in ("forward", "head", "backward")}
+    link = _median(results[0][m]["links"])
+    return step_time(len(results), m, rule, link=link, forward=units["forward"], backward=units["backward"], head=units["head"][-1]), units | dict(link=link)
+
+def benchmark_pipeline(
+    stages:int=2,                            # processes
+    microbatches:tuple[int,...]=(1,2,4),     # each is measured
+    n_layers:int=8,                          # blocks
+    d:int=256,                               # width
+    n:int=256,                               # tokens of a sequence
+    b:int=8,                                 # sequences of a step
+    vocab:int=257,                           # vocabulary
+    mixer:str="favor",                       # "favor" | "softmax"
+    feedback:str="identity",                 # kind of feedback
+    sizes:list[int]|None=None,               # blocks of each stage, default `balance(n_layers, stages)`
+    repeats:int=7,                           # timed rounds
+    out:str|Path|None=None,                  # folder: rows are appended to its pipeline.jsonl
+    seed:int=0,                              # of the weights and the tokens
+    device:str="cpu",                        # "cpu", one thread a process | "cuda", one GPU a process
+    timeout:float=1200.,                     # seconds for all of it
+) -> list[dict]:                             # one row for each number of microbatches and each variant
+    "Step time of pipelined DFA against GPipe, beside the cost model's prediction; gradients are checked first"
+    if min(stages, n_layers, d, n, b, vocab, repeats, *microbatches) < 1: raise InputError("stages, microbatches, layers, d, n, b, vocab and repeats must be at least 1")
+    if not microbatches or max(microbatches) > b: raise InputError(f"{b} sequences cannot be cut into {max(microbatches, default=0)} microbatches")
+    sizes = balance(n_layers, stages) if sizes is None else list(sizes)
+    if len(sizes) != stages: raise InputError(f"{stages} stages need as many sizes, got {sizes}")
+    seed_everything(seed)
+    model = LanguageModel(LMConfig(vocab_size=vocab, d_model=d, n_layers=n_layers, n_heads=max(1, d//64), max_len=n, mixer=mixer, credit="dfa",
+                                   feedback=feedback, seed=seed))
+    ids, targets = torch.randint(vocab, (2, b, n))
+    parts, truth = model_stages(model, sizes, targets.numel()), [{} for _ in sizes]
+    for rule in ("bp", "dfa"):
+        model.zero_grad(); model.loss(ids, targets, credit=rule).backward()
+        for part, t in zip(parts, truth): t[rule] = {k: p.grad.clone() for k, p in part.named_parameters()}
+    model.zero_grad()
+    results = run_processes(_pipeline_worker, [(part, ids, targets, tuple(microbatches), repeats, t) for part, t in zip(parts, truth)],
+                            device=device, timeout=timeout)
+    rows = []
+    for m in microbatches:
+        errors = {name: [r[m]["errors"][name] for r in results] for name in results[0][m]["errors"]}
+        times = {name: ts for name, ts in results[0][m]["times"].items() if not any(isinstance(e, str) for e in errors[name])}
+        medians = {name: _median(ts) for name, ts in times.items()}
+        baseline = min((name for name in medians if name != "dfa"), key=medians.get, default=None)
+        predicted = {rule: _predict(results, m, rule) for rule in ("bp", "dfa")}
+        for name, es in errors.items():
+            row = dict(kind="pipeline", variant=name, microbatches=m, stages=stages, sizes=sizes, n_layers=n_layers, d=d, n=n, b=b, vocab=vocab,
+                       mixer=mixer, feedback=feedback, repeats=repeats, seed=seed, where=device)
+            rows.append(row)
+            if name not in times: row.update(ok=False, failure=next(e for e in es if isinstance(e, str))); continue
+            seconds, units = predicted["dfa" if name == "dfa" else "bp"]
+            row.update(ok=True, error=max(es), seconds=spread(times[name]), predicted=seconds, units=units, baseline=baseline,
+                       model_error=seconds/medians[name] - 1, peak_bytes=[r[m]["peaks"][name] for r in results] if None not in
+                       [r[m]["peaks"][name] for r in results] else None, ratio=ratio(times, name, baseline) if baseline else None,
+                       predicted_ratio=seconds/predicted["bp"][0])
+    return [append_row(Path(out)/"pipeline.jsonl", row) for row in rows] if out is not None else rows
+
+def print_pipeline(
+    rows:list[dict],   # from `benchmark_pipeline`
+) -> None:
+    "Print rows as a table: medians, quartiles in brackets"
+    from rich.console import Console
+    from rich.table import Table
+    r = rows[0]
+    table = Table("microbatches", "variant", "step (ms)", "/ faster BP", "model (ms)", "model - step", "model's ratio", "peaks (MiB)", "gradient error",
+                  title=f"{r['stages']} stages of {r['sizes']} blocks, d = {r['d']}, {r['b']} x {r['n']} tokens, {r['mixer']}, {r['repeats']} rounds")
+    for r in rows:
+        if not r["ok"]: table.add_row(str(r["microbatches"]), r["variant"], *"------", "failed: " + r["failure"]); continue
+        q = r["ratio"]
+        table.add_row(str(r["microbatches"]), r["variant"], f"{r['seconds']['median']*1e3:.0f}", f"{q['median']:.2f} [{q['q1']:.2f}, {q['q3']:.2f}]" if q else "-",
+                      f"{r['predicted']*1e3:.0f}", f"{r['model_error']:+.0%}", f"{r['predicted_ratio']:.2f}",
+                      " ".join(f"{x/2**20:.0f}" for x in r["peak_bytes"] or []) or "-", f"{r['error']:.0e}")
+    Console(width=140).print(table)
