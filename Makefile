@@ -53,6 +53,12 @@ wikitext:  ## OKADFA and its baseline on WikiText-2, rows appended to results/wi
 	  $(OKADFA) train $(WIKITEXT) --seed $$s --out runs/wikitext/baseline-$$s --mixer softmax --credit bp --ortho 0 || exit 1; \
 	done
 
+# Hours on two cores. It may be stopped and started at will: finished rows are skipped, and a second `make ablate` beside the first shares the work.
+LRS       ?= 3e-3,6e-3,1e-2
+ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows appended to results/ablate.jsonl
+	$(BIN)/okadfa ablate rules --lrs $(LRS)
+	$(BIN)/okadfa ablate arms
+
 # A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
 PYTHON ?= $(BIN)/python
 gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, rows appended to results/
@@ -68,4 +74,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext gpu figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext ablate gpu figures clean

@@ -106,11 +106,28 @@ def test_identity_stores_and_computes_nothing():
     assert f.nbytes == 0 and f.local_error(4, delta) is delta
     assert torch.equal(f.matrix(0), torch.eye(12)) and f.double().matrix(0).dtype == torch.float64
 
+def test_shared_takes_its_rows_from_one_matrix():
+    f = FeedbackMatrices([12, 5, 12], 7, "shared")
+    assert torch.equal(f.matrix(0), f.matrix(2)) and torch.equal(f.matrix(0)[:5], f.matrix(1)) and f.nbytes == 4*12*7
+
+def test_uniform_is_bounded():
+    b = FeedbackMatrices([200], 50, "uniform").matrix(0)
+    assert b.abs().max() <= (3/50)**.5 and b.abs().max() > .95*(3/50)**.5 and abs(b.mean()) < .01
+
+def test_calibrated_between_unequal_widths_and_through_a_checkpoint():
+    a = FeedbackMatrices([6, 10], 8, "calibrated", refresh=1)
+    true, delta = [torch.randn(6, 8), torch.randn(10, 8)], torch.randn(3, 100, 8)
+    for _ in range(3): a.begin(); a.observe(delta, [delta@t.T for t in true])
+    b = FeedbackMatrices([6, 10], 8, "calibrated", refresh=1); b.load_state_dict(a.state_dict())
+    for f in (a, b): f.begin(); f.observe(-delta, [delta@t.T for t in true])
+    for l in (0, 1): assert torch.equal(a.matrix(l), b.matrix(l)) and torch.cosine_similarity(true[l].flatten(), a.matrix(l).flatten(), 0) > .5
+    assert a.passes == b.passes == 4
+
 def test_bytes():
     f = FeedbackMatrices([10, 20], 7)
     assert f.nbytes == 4*7*30 and f.half().nbytes == 2*7*30
 
-@pytest.mark.parametrize("kind", list(FEEDBACK_KINDS))
+@pytest.mark.parametrize("kind", [k for k in FEEDBACK_KINDS if not FEEDBACK_KINDS[k].learns])
 @pytest.mark.parametrize("dims, d_final", [([64, 64], 64), ([128, 32], 64)])
 def test_statistics(kind, dims, d_final):
     if kind == "identity" and dims != [64, 64]: pytest.skip("identity needs equal widths")
@@ -120,7 +137,7 @@ def test_statistics(kind, dims, d_final):
         assert abs(r["std"]/r["expected_std"] - 1) < .06 and abs(r["mean"]) < .02
         b = FeedbackMatrices(dims, d_final, kind).matrix(r["layer"]).double()
         assert abs(r["spectral_norm"] - torch.linalg.matrix_norm(b, 2).item()) < 1e-6
-        if kind == "gaussian": assert abs(r["spectral_norm"]/(1 + (d/d_final)**.5) - 1) < .15 and r["gram_error"] > .1
+        if kind in ("gaussian", "uniform", "shared"): assert abs(r["spectral_norm"]/(1 + (d/d_final)**.5) - 1) < .15 and r["gram_error"] > .1
         else: assert r["gram_error"] < 1e-6
 
 def test_a_new_kind_is_one_entry_of_the_table(monkeypatch):
@@ -134,9 +151,10 @@ def test_layer_generator_uses_all_of_seed_and_layer():
     assert len(first) == 20
 
 @pytest.mark.parametrize("make, word", [
-    (lambda: FeedbackMatrices([8], 8, "nope"), "gaussian, orthogonal, identity"), (lambda: FeedbackMatrices([], 8), "empty"),
+    (lambda: FeedbackMatrices([8], 8, "nope"), "gaussian, uniform, orthogonal, shared, identity"), (lambda: FeedbackMatrices([], 8), "empty"),
     (lambda: FeedbackMatrices([8, 0], 8), "1 or more"), (lambda: FeedbackMatrices([8], 0), "1 or more"),
     (lambda: FeedbackMatrices([8, 4], 8, "identity"), "layer 1 has 4"),
+    (lambda: FeedbackMatrices([8], 8, "calibrated", refresh=0), "refresh"), (lambda: FeedbackMatrices([8], 8, ridge=0.), "ridge"),
     (lambda: FeedbackMatrices([8], 8).matrix(1), "counted from 0"),
     (lambda: FeedbackMatrices([8], 8).matrix(-1), "counted from 0"),
     (lambda: FeedbackMatrices([8], 8).local_error(2, torch.randn(8)), "counted from 0"),

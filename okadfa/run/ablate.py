@@ -43,6 +43,8 @@ SWEEPS = dict(
            "identity+half": _DFA | dict(half_round=True), "identity+1": _DFA | dict(rounds=1), "identity+2": _DFA | dict(rounds=2)},
     feedback={kind: _DFA | dict(feedback=kind) for kind in KINDS},
     site={site: _DFA | dict(feedback="gaussian", error_site=site) for site in ("hidden", "logits")},
+    embedding={e: _DFA | dict(embedding_credit=e) for e in ("block", "direct", "none")},
+    norm={n: _DFA | dict(error_norm=n) for n in ("none", "batch", "token")},
     granularity={"2 stages": _DFA | dict(stages=2), "3 stages": _DFA | dict(stages=3)} | {g: _DFA | dict(granularity=g) for g in ("block", "micro", "full")},
     m={f"m={m}": ARMS["A5"] | dict(m=m) for m in (32, 64, 128, 256)},
     **{"lambda": {f"lambda={x:g}": ARMS["A5"] | dict(ortho=x) for x in (0., 1e-4, 1e-3, 1e-2)}},
@@ -180,8 +182,8 @@ def reset_peak_memory() -> bool:
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000017
 def execute(
-    run:Run,
-    corpus:Corpus,
+    run:Run,                  # what to train
+    corpus:Corpus,            # what on
     results:Path,             # folder of ablate.jsonl
     runs:Path,                # folder of unfinished runs
     source:dict|None=None,    # for `train`
@@ -285,8 +287,8 @@ def plan_sweeps(
     return Plan(rules, size | dict(vocab_size=corpus.tokenizer.vocab_size), data_id(corpus), seeds, lrs, tune_steps), corpus
 
 def run_plan(
-    plan:Plan,
-    corpus:Corpus,
+    plan:Plan,                         # of `plan_sweeps`
+    corpus:Corpus,                     # of `plan_sweeps`
     results:str|Path="results",        # folder; rows are appended to its ablate.jsonl
     runs:str|Path="runs/ablate",       # folder of unfinished runs
     max_runs:int|None=None,            # stop after so many
@@ -391,7 +393,7 @@ def markdown(summary:dict[str, dict]) -> str:
     return table({TITLES.get(n, n): cells(s) for n, s in summary.items()}, {k: (h, "{}") for k, h in COLUMNS.items()})
 
 def print_table(
-    title:str,
+    title:str,                 # above the table
     summary:dict[str, dict],   # of `summarise`
 ) -> None:
     "The table in a terminal"
