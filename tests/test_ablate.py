@@ -1,0 +1,118 @@
+"The ablation runner: killed, shared, resumed, refused; and the arithmetic of its table"
+import contextlib, dataclasses, io, os, signal, subprocess, sys, time
+import pytest, torch
+from okadfa.core import append_row
+from okadfa.models.lm import LanguageModel
+from okadfa.run.ablate import ARMS, DEFAULTS, QUICK, SWEEPS, gap_closed, make_run, plan_sweeps, read_runs, run_key, run_plan, worst_block
+from okadfa.run.cli import main
+
+TINY = dict(d_model=16, n_layers=3, n_heads=2, max_len=32, steps=6, batch_size=2, warmup=1, diag_every=2, precision="fp32", lr=1e-2)
+def flags(**kw): return [a for k, v in (TINY | kw).items() for a in ("--" + {"max_len": "seq-len"}.get(k, k.replace("_", "-")), str(v))]
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    torch.set_num_threads(1)
+    d = tmp_path_factory.mktemp("text")
+    for s in ("train", "valid"): (d/f"{s}.txt").write_bytes(b"Look before you leap. He who hesitates is lost.\n"*60)
+    return d
+
+def command(text, where, *args):
+    env = os.environ | dict(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(where/"cache"), COLUMNS="200")
+    return dict(args=[sys.executable, "-m", "okadfa.run.cli", "ablate", *args, "--data", str(text), "--results", str(where/"results"), "--runs", str(where/"runs")],
+                env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+def keys(where): return [r["key"] for r in read_runs(where/"results")]
+
+def test_a_killed_sweep_continues_and_two_processes_share_one(text, tmp_path):
+    args = "rules", "--only", "bp", "--only", "identity+1", "--seeds", "0,1", *flags(steps=60, diag_every=10)
+    victim = subprocess.Popen(**command(text, tmp_path, *args))
+    def checkpoint(): return list((tmp_path/"runs").glob("*/checkpoint")) if (tmp_path/"runs").is_dir() else []
+    deadline = time.time() + 60
+    while not checkpoint() and time.time() < deadline and victim.poll() is None: time.sleep(.02)
+    victim.send_signal(signal.SIGKILL); victim.communicate()
+    done = len(keys(tmp_path)) if (tmp_path/"results").is_dir() else 0
+    assert done < 4 and checkpoint()                                     # it died in the middle of a run
+    both = [subprocess.Popen(**command(text, tmp_path, *args)) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(keys(tmp_path)) == len(set(keys(tmp_path))) == 4 and not list((tmp_path/"runs").iterdir())
+    for r in read_runs(tmp_path/"results"):                              # whole curves, also where a run was taken up again
+        assert r["steps"] == 60 and r["loss"][-1][0] == 60 and [t for t, _ in r["alignment"]["block0"]] == list(range(0, 61, 10))
+    again = subprocess.run(**command(text, tmp_path, *args))
+    assert again.returncode == 0 and len(keys(tmp_path)) == 4 and "identity, 1 round" in again.stdout
+
+def test_a_run_without_a_checkpoint_starts_afresh(text, tmp_path):
+    plan, corpus = plan_sweeps(["rules"], ["bp"], (0,), size=TINY, data=text)
+    run = plan.todo({})[0]
+    (tmp_path/"runs"/run.key).mkdir(parents=True); (tmp_path/"runs"/run.key/"run.json").write_text("{ cut off")
+    run_plan(plan, corpus, tmp_path/"results", tmp_path/"runs", say=lambda line: None)
+    assert keys(tmp_path) == [run.key]
+
+def test_a_resumed_run_is_the_unbroken_one(text, tmp_path, monkeypatch):
+    plan, corpus = plan_sweeps(["feedback"], ["calibrated"], (0,), size=TINY | dict(refresh=2), data=text)
+    rows = [*run_plan(plan, corpus, tmp_path/"a", tmp_path/"runs-a", say=lambda line: None).values()]
+    forward, seen = LanguageModel.forward, []
+    def dies(self, *a, **k):
+        seen.extend([1]*self.training)
+        if len(seen) == 5: raise MemoryError("the machine went away")
+        return forward(self, *a, **k)
+    monkeypatch.setattr(LanguageModel, "forward", dies)
+    with pytest.raises(MemoryError): run_plan(plan, corpus, tmp_path/"b", tmp_path/"runs-b", say=lambda line: None)
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    again = [*run_plan(plan, corpus, tmp_path/"b", tmp_path/"runs-b", say=lambda line: None).values()]
+    assert rows[0]["nats"] == again[0]["nats"] and rows[0]["alignment"] == again[0]["alignment"]       # what the feedback had learnt came back too
+
+def test_learning_rates_are_tuned_alike_and_once(text, tmp_path):
+    plan, corpus = plan_sweeps(["rules"], ["bp", "identity"], (0, 1), (1e-3, 3e-2), 4, TINY, text)
+    lines = []
+    run_plan(plan, corpus, tmp_path/"results", tmp_path/"runs", say=lines.append)
+    rows = read_runs(tmp_path/"results")
+    assert len(lines) == 8 and sum(r["tune"] for r in rows) == 4
+    for rule in ("bp", "identity"):
+        tried = {r["train"]["lr"]: r["nats"] for r in rows if r["tune"] and r["rule"] == rule}
+        assert {r["train"]["lr"] for r in rows if not r["tune"] and r["rule"] == rule} == {min(tried, key=tried.get)}
+
+def in_process(text, where, args):
+    err = io.StringIO()
+    data = [] if "--quick" in args else ["--data", str(text)]
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as e:
+        main(["ablate", *args, *data, "--results", str(where/"results"), "--runs", str(where/"runs")])
+    return e.value.code, err.getvalue()
+
+@pytest.mark.parametrize("args, word", [
+    (["armz"], "unknown sweep"), (["rules", "--only", "nobody"], "no rule"), (["--seeds", "a"], "seeds"), (["--seeds", ""], "seeds"), (["--lrs", "1e-3"], "two rates"),
+    (["--lrs", "1e-3,x"], "lrs"), (["--quick", "--steps", "5"], "--quick"), (["rules", "--quick"], "--quick"), (["--steps", "0"], "steps"), (["--max-runs", "0"], "max-runs"),
+    (["--preset", "huge"], "unknown preset"), (["--n-heads", "5"], "divisible"), (["--stpes", "5"], "No such option"), (["--seeds", "-1"], "seeds")])
+def test_refusals_write_nothing(text, tmp_path, args, word):
+    code, said = in_process(text, tmp_path, args)
+    assert code == 2 and word in said and said.count("\n") == 1, said
+    assert not (tmp_path/"results").exists() and not (tmp_path/"runs").exists()
+
+def test_list_writes_nothing(text, tmp_path):
+    got = subprocess.run(**command(text, tmp_path, "arms", "--list", *flags()))
+    assert got.returncode == 0 and got.stdout.count("to do") == 18
+    assert not (tmp_path/"results").exists() and not (tmp_path/"runs").exists()
+
+# --- arithmetic --------------------------------------------------------------------------------------------------------
+
+def test_every_rule_of_every_sweep_is_a_config():
+    for sweep, rules in SWEEPS.items():
+        for rule in rules:
+            for size in (DEFAULTS, QUICK): make_run(sweep, rule, size | dict(vocab_size=257), {}, seed=0)
+    assert list(ARMS) == ["A0", "A1", "A2", "A3", "A4", "A5"] and {"bp", "frozen", "random", "identity", "identity+1", "identity+2"} < set(SWEEPS["rules"])
+
+def test_keys_tell_runs_apart_and_old_rows_stay_valid(tmp_path):
+    run = make_run("rules", "identity", TINY | dict(vocab_size=257), dict(text="a"), seed=0)
+    model, training = dataclasses.asdict(run.model), dataclasses.asdict(run.train)
+    assert run.key == run_key(model, training, dict(text="a")) != run_key(model, training, dict(text="b"))
+    for field, x in (("rounds", 1), ("seed", 1), ("half_round", True), ("embed_std", .1)): assert run_key(model | {field: x}, training, dict(text="a")) != run.key
+    del model["half_round"], training["beta2"]                           # a row from before these fields were there
+    append_row(tmp_path/"ablate.jsonl", dict(model=model, train=training, data_id=dict(text="a")))
+    assert [r["key"] for r in read_runs(tmp_path)] == [run.key]
+
+def test_vanished_gradients_are_excluded_not_aligned():
+    assert worst_block({"block0": [[5, None], [9, .8]], "block1": [[5, .9], [9, .7]], "block2": [[5, -1.], [9, -1.]]}, after=5) == .7
+    assert worst_block({"block0": [[5, None]], "block1": [[5, 1.]]}, after=5) is None
+
+def test_gap():
+    assert gap_closed(1.5, 2., 1.) == .5 and gap_closed(1., 2., 1.) == 1 and gap_closed(3., 2., 1.) == -1 and gap_closed(1., 1., 1.) is None
