@@ -36,6 +36,8 @@ docs: $(READY)  ## build the site with quarto, or check the processed notebooks 
 
 bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	for t in float32 bfloat16; do $(BIN)/okadfa benchmark head --dtype $$t --out results || exit 1; done
+	$(BIN)/okadfa benchmark memory --out results
+	$(BIN)/okadfa benchmark pipeline --out results
 
 SEEDS     ?= 0 1 2
 demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
@@ -64,6 +66,7 @@ PYTHON ?= $(BIN)/python
 gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, rows appended to results/
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest tests/test_cuda.py
 	for t in float32 bfloat16; do PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark head --dtype $$t --out results || exit 1; done
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark memory --out results
 	$(MAKE) wikitext OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli'
 
 figures: $(READY)  ## re-run the figure notebooks from results/

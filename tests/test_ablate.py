@@ -3,7 +3,7 @@ import contextlib, dataclasses, io, os, signal, subprocess, sys, time
 import pytest, torch
 from okadfa.core import append_row
 from okadfa.models.lm import LanguageModel
-from okadfa.run.ablate import ARMS, DEFAULTS, QUICK, SWEEPS, gap_closed, make_run, plan_sweeps, read_runs, run_key, run_plan, worst_block
+from okadfa.run.ablate import ARMS, DEFAULTS, QUICK, SWEEPS, execute, gap_closed, make_run, plan_sweeps, read_runs, run_key, run_plan, worst_block
 from okadfa.run.cli import main
 
 TINY = dict(d_model=16, n_layers=3, n_heads=2, max_len=32, steps=6, batch_size=2, warmup=1, diag_every=2, precision="fp32", lr=1e-2)
@@ -50,17 +50,27 @@ def test_a_run_without_a_checkpoint_starts_afresh(text, tmp_path):
 
 def test_a_resumed_run_is_the_unbroken_one(text, tmp_path, monkeypatch):
     plan, corpus = plan_sweeps(["feedback"], ["calibrated"], (0,), size=TINY | dict(refresh=2), data=text)
-    rows = [*run_plan(plan, corpus, tmp_path/"a", tmp_path/"runs-a", say=lambda line: None).values()]
-    forward, seen = LanguageModel.forward, []
-    def dies(self, *a, **k):
-        seen.extend([1]*self.training)
-        if len(seen) == 5: raise MemoryError("the machine went away")
-        return forward(self, *a, **k)
-    monkeypatch.setattr(LanguageModel, "forward", dies)
-    with pytest.raises(MemoryError): run_plan(plan, corpus, tmp_path/"b", tmp_path/"runs-b", say=lambda line: None)
-    monkeypatch.setattr(LanguageModel, "forward", forward)
-    again = [*run_plan(plan, corpus, tmp_path/"b", tmp_path/"runs-b", say=lambda line: None).values()]
+    def go(name, dies_at=None):
+        "Rows, and how many training passes it took"
+        forward, seen = LanguageModel.forward, []
+        def counted(self, *a, **k):
+            seen.extend([1]*self.training)
+            if len(seen) == dies_at: raise MemoryError("the machine went away")
+            return forward(self, *a, **k)
+        with monkeypatch.context() as m:
+            m.setattr(LanguageModel, "forward", counted)
+            return [*run_plan(plan, corpus, tmp_path/name, tmp_path/f"runs-{name}", say=lambda line: None).values()], len(seen)
+    rows, passes = go("a")
+    with pytest.raises(MemoryError): go("b", dies_at=5)
+    again, passes_again = go("b")
+    assert passes_again <= passes - 4                                                                  # it went on after step 4
     assert rows[0]["nats"] == again[0]["nats"] and rows[0]["alignment"] == again[0]["alignment"]       # what the feedback had learnt came back too
+
+def test_a_run_that_another_process_has_just_finished_is_left_alone(text, tmp_path):
+    plan, corpus = plan_sweeps(["rules"], ["frozen"], (0,), size=TINY, data=text)
+    run = plan.todo({})[0]                                               # planned before the row was there, executed after
+    assert execute(run, corpus, tmp_path/"results", tmp_path/"runs")["key"] == run.key
+    assert execute(run, corpus, tmp_path/"results", tmp_path/"runs") is None and keys(tmp_path) == [run.key]
 
 def test_learning_rates_are_tuned_alike_and_once(text, tmp_path):
     plan, corpus = plan_sweeps(["rules"], ["bp", "identity"], (0, 1), (1e-3, 3e-2), 4, TINY, text)

@@ -1,5 +1,5 @@
 "The unlocked backward pass: any order, equal to the hook and to one process, two processes that fail together, the cost model's facts"
-import itertools, os, signal, time
+import itertools, os, signal, subprocess, sys, time
 import pytest, torch
 import torch.distributed as dist
 from torch import nn
@@ -217,7 +217,7 @@ def one_fails(rank, how):
     if rank == 1:
         if how == "raise": raise KeyError("the second process")
         if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()                                   # the other waits for it
+    time.sleep(600)                                  # the other one would go on
 
 @pytest.mark.parametrize("how,message", [("raise", "process 1 failed: KeyError: 'the second process'"), ("kill", "process 1 ended with code -9")])
 def test_a_failure_ends_all_and_is_told(how, message):
@@ -229,6 +229,20 @@ def test_time_limit(tmp_path):
     with pytest.raises(TimeoutError): run_processes(leave_pid, [(str(tmp_path/"pid"),)], timeout=12)
     pid = int((tmp_path/"pid").read_text())
     with pytest.raises(ProcessLookupError): os.kill(pid, 0)        # it is gone
+
+def test_a_killed_caller_leaves_nobody(tmp_path):
+    code = "import sys; from okadfa.dfa.parallel import run_processes; from test_parallel import leave_pid; run_processes(leave_pid, [(sys.argv[1],)])"
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"pid")], env=env)
+    def wait_for(what, seconds=60):
+        end = time.monotonic() + seconds
+        while not what(): assert time.monotonic() < end; time.sleep(.1)
+    try: wait_for(lambda: (tmp_path/"pid").exists() and (tmp_path/"pid").read_text())
+    finally: caller.kill(); caller.wait()
+    def gone():
+        try: os.kill(int((tmp_path/"pid").read_text()), 0); return False
+        except ProcessLookupError: return True
+    wait_for(gone, 20)
 
 def leave_pid(path):
     with open(path, "w") as f: f.write(str(os.getpid()))

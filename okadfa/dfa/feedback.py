@@ -135,11 +135,11 @@ class FeedbackMatrices(nn.Module):
         "Calibrate: move the running moments towards this sample and solve for the matrices"
         x = delta.flatten(0, -2).to(self.c.dtype)
         scale = 1/_mean_over_processes(x.square().mean()).sqrt().clamp_min(1e-30)    # early and late samples weigh alike
-        x, keep = x*scale, self.decay if self.passes > 1 else 0.
-        self.c.lerp_(_mean_over_processes(x.T@x/len(x)), 1 - keep)
+        x = x*scale
+        self.c.lerp_(_mean_over_processes(x.T@x/len(x)), 1 - self.decay)             # that the averages start at zero cancels in the map
         for l, e in enumerate(errors):
             a, b = getattr(self, f"a{l}"), self._stored(l)
-            a.lerp_(_mean_over_processes((e.flatten(0, -2).to(x.dtype)*scale).T@x/len(x)), 1 - keep)
+            a.lerp_(_mean_over_processes((e.flatten(0, -2).to(x.dtype)*scale).T@x/len(x)), 1 - self.decay)
             prior = start(self.layer_dims[l], self.output_dim, self.seed, l).to(b.device)
             b.copy_(ridge_map(a.double(), self.c.double(), prior, self.ridge))
 

@@ -7,7 +7,7 @@ __all__ = ['RULES', 'Tape', 'UnlockedStack', 'Task', 'Span', 'simulate', 'pipeli
            'pipeline_step', 'sum_tied', 'run_processes', 'run_pipeline']
 
 # %% ../../nbs/dfa/22_parallel.ipynb #c0000003
-import itertools, os, subprocess, sys, tempfile, time, traceback
+import itertools, os, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -234,6 +234,7 @@ def pipeline_step(
     if not 1 <= microbatches <= len(ids): raise InputError(f"a batch of {len(ids)} cannot be cut into {microbatches} microbatches")
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     dtype, width = next(stage.stack.parameters()).dtype, stage.stack.feedback.layer_dims[0]
+    xs_in, ts = ids.tensor_split(microbatches), targets.tensor_split(microbatches)
     def timed(kind, m, f, *args):
         start = time.perf_counter(); got = f(*args)
         if record is not None:
@@ -241,10 +242,9 @@ def pipeline_step(
             record.append(Span(kind, rank, m, start, time.perf_counter()))
         return got
     def coming(source):
-        "A receive for each microbatch, posted now"
+        "A receive for each microbatch, posted now; from above they come in reverse"
         xs = [torch.empty(*x.shape, width, dtype=dtype, device=ids.device) for x in xs_in]
-        return [(x, dist.irecv(x, source)) for x in (xs if source < rank or rule == "dfa" else xs[::-1])]
-    xs_in, ts = ids.tensor_split(microbatches), targets.tensor_split(microbatches)
+        return [(x, dist.irecv(x, source)) for x in (xs if source < rank else xs[::-1])]
     arriving, leaving = coming(rank - 1) if rank else [], []       # `leaving` keeps what is sent alive until it has left
     backs, errors, loss = [], [], 0.
     if rule == "bp" and rank < last: errors = coming(rank + 1)
@@ -281,8 +281,14 @@ def sum_tied(
     grad += theirs
 
 # %% ../../nbs/dfa/22_parallel.ipynb #c0000029
-def _process(folder:str, rank:int, n:int, device:str, timeout:float) -> None:
+def _end_with_parent(parent:int) -> None:
+    "A caller that was killed cannot end what it started"
+    while os.getppid() == parent: time.sleep(.5)
+    os._exit(1)
+
+def _process(folder:str, rank:int, n:int, device:str, timeout:float, parent:int) -> None:
     "What a started process does"
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     try:
         if device == "cuda": torch.cuda.set_device(rank)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=n,
@@ -304,20 +310,20 @@ def run_processes(
     threads:int=1,           # threads that each process computes with
 ) -> list:                   # what each returned
     """Run a function in several processes. Raises RuntimeError with the first failure, TimeoutError after `timeout`; none is left running.
-    Raises InputError for a worker that another process cannot import and for more processes than GPUs."""
+    Raises InputError for a worker that another process cannot import, for more processes than GPUs, and where a worker raised one."""
     if getattr(worker, "__module__", "__main__") == "__main__": raise InputError("the worker must be a function of a module: other processes import it")
     if device == "cuda" and torch.cuda.device_count() < len(args): raise InputError(f"{len(args)} processes need a GPU each, there are {torch.cuda.device_count()}")
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path), OMP_NUM_THREADS=str(threads))
     if sys.platform == "linux": env.setdefault("GLOO_SOCKET_IFNAME", "lo")     # all of them are on this machine
-    code = "import sys; from okadfa.dfa.parallel import _process; a = sys.argv[1:]; _process(a[0], int(a[1]), int(a[2]), a[3], float(a[4]))"
+    code = "import sys; from okadfa.dfa.parallel import _process; a = sys.argv[1:]; _process(a[0], int(a[1]), int(a[2]), a[3], float(a[4]), int(a[5]))"
     with tempfile.TemporaryDirectory() as folder:
         for r, a in enumerate(args): torch.save((worker, a), f"{folder}/in{r}")
         processes, deadline = [], time.monotonic() + timeout
         try:
             for r in range(len(args)):
                 with open(f"{folder}/log{r}", "w") as log:
-                    processes.append(subprocess.Popen([sys.executable, "-c", code, folder, str(r), str(len(args)), device, str(timeout)],
-                                                      env=env, stdout=log, stderr=log))
+                    words = map(str, (folder, r, len(args), device, timeout, os.getpid()))
+                    processes.append(subprocess.Popen([sys.executable, "-c", code, *words], env=env, stdout=log, stderr=log))
             while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
                 if time.monotonic() > deadline: raise TimeoutError(f"the processes did not finish within {timeout:g} s")
                 time.sleep(.005)
@@ -335,6 +341,7 @@ def _first_failure(folder:str, codes:list) -> None:
     if not any(codes): return
     text = min((p for p in Path(folder).glob("error*") if not p.suffix), key=lambda p: p.stat().st_mtime_ns)
     message, _, trace = text.read_text().partition("\n")
+    if message.startswith("InputError: "): raise InputError(message[12:])
     error = RuntimeError(f"process {text.name[5:]} failed: {message}"); error.add_note(trace)
     raise error
 

@@ -369,14 +369,15 @@ def summarise(
         worst = [r["worst_block"] for r in good.values() if r["worst_block"] is not None]
         out[rule] = dict(seeds=len(good), failed=len(by_seed) - len(good), lr=like["train"]["lr"],
             **{k: _stat(r[k] for r in good.values()) for k in ("nats", "bits_per_byte", "token_ppl", "error", "tokens_per_s", "step_seconds", "peak_mib")},
+            block_error=_stat(statistics.fmean(xs) if (xs := [x for x in r["error_by_block"][:-1] if x is not None]) else None for r in good.values()),
             gap=_stat(gap_closed(r["nats"], frozen[s]["nats"], bp[s]["nats"]) for s, r in good.items() if s in bp and s in frozen),
             ratio=_stat(r["nats"]/b["nats"] for r, b in both), worst_block=min(worst) if worst else None,
             stream=_stat(top(r)/top(b) if top(r) and top(b) else None for r, b in both))
     return out
 
 COLUMNS = dict(seeds="seeds", lr="lr", bits_per_byte="bits/byte", nats="nats/token", gap="gap closed", ratio="loss / BP's", worst_block="worst block",
-               error="sq. error", stream="stream / BP's", tokens_per_s="tokens/s")
-_FORMS = dict(lr="{:g}", bits_per_byte="{:.3f}", nats="{:.3f}", gap="{:.0%}", ratio="{:.3f}", worst_block="{:.2f}", error="{:.3f}", stream="{:.2f}", tokens_per_s="{:,.0f}")
+               block_error="sq. error", stream="stream / BP's", tokens_per_s="tokens/s")
+_FORMS = dict(lr="{:g}", bits_per_byte="{:.3f}", nats="{:.3f}", gap="{:.0%}", ratio="{:.3f}", worst_block="{:.2f}", block_error="{:.3f}", stream="{:.2f}", tokens_per_s="{:,.0f}")
 
 def cells(s:dict) -> dict[str, str]:
     "One rule's numbers as text"
@@ -396,14 +397,18 @@ def print_table(
     title:str,                 # above the table
     summary:dict[str, dict],   # of `summarise`
 ) -> None:
-    "The table in a terminal"
+    "The table in a terminal; a narrow one gets it in two parts. A column that would be empty is left out"
     from rich.console import Console
     from rich.table import Table
-    out = Table(title=title)
-    out.add_column("")
-    for h in COLUMNS.values(): out.add_column(h, justify="right")
-    for n, s in summary.items(): out.add_row(TITLES.get(n, n), *cells(s).values())
-    Console().print(out)
+    console, shown = Console(), {n: cells(s) for n, s in summary.items()}
+    columns = [k for k in COLUMNS if any(c[k] != "-" for c in shown.values())]
+    loss = [k for k in columns if list(COLUMNS).index(k) <= list(COLUMNS).index("ratio")]
+    for part in [columns] if console.width >= 125 else [loss, [k for k in columns if k not in loss]]:
+        out = Table(title=title, padding=(0, 1, 0, 0))
+        out.add_column("")
+        for k in part: out.add_column(COLUMNS[k].replace(" / ", "/\n").replace(" ", "\n"), justify="right", no_wrap=True)
+        for n, c in shown.items(): out.add_row(TITLES.get(n, n), *(c[k] for k in part))
+        if part: console.print(out)
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000022
 _VARIED = {k for rules in SWEEPS.values() for flags in rules.values() for k in flags} - {"n_layers"}

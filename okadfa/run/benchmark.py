@@ -69,10 +69,16 @@ def _glibc(name:str, *args:int) -> None:
     call = getattr(ctypes.CDLL(None), name, None)
     if call is not None: call(*args)
 
-def _child_peak(fn, pipe) -> None:
+def _forget_peak() -> bool:
+    "Set the mark back to what is resident now; False where the system cannot (Linux can)"
+    try: Path("/proc/self/clear_refs").write_text("5"); return True
+    except OSError: return False
+
+def _child_peak(fn, pipe, warmup) -> None:
     try:
         torch.set_num_threads(1)   # the parent's pool of threads is gone; waiting for it would hang
-        _glibc("mallopt", -3, 2**20)   # M_MMAP_THRESHOLD: blocks of 1 MB and more go back to the system when freed
+        _glibc("mallopt", -3, 2**18 if warmup else 2**20)   # M_MMAP_THRESHOLD: blocks of 1 MB and more go back to the system when freed
+        if warmup and _forget_peak(): fn(); gc.collect(); _glibc("malloc_trim", 0); _forget_peak()
         before = _max_rss(); fn()
         pipe.send(_max_rss() - before)
     except BaseException as e: pipe.send(f"{type(e).__name__}: {e}")
@@ -80,6 +86,7 @@ def _child_peak(fn, pipe) -> None:
 def peak_memory(
     fn:Callable,                          # called once, without arguments
     device:str|torch.device|None=None,    # None: CUDA where there is one, else the CPU
+    warmup:bool=False,                    # call it once before: the libraries' code and buffers are then not counted (Linux)
 ) -> int:                                 # bytes beyond what was in use before
     """Peak memory of one call: the allocator's count on CUDA, the growth of the resident set in a forked child on the CPU.
     Raises RuntimeError if the call fails in the child."""
@@ -92,7 +99,7 @@ def peak_memory(
     _glibc("malloc_trim", 0)
     ctx = multiprocessing.get_context("fork")
     ours, theirs = ctx.Pipe(duplex=False)
-    child = ctx.Process(target=_child_peak, args=(fn, theirs)); child.start(); theirs.close()
+    child = ctx.Process(target=_child_peak, args=(fn, theirs, warmup)); child.start(); theirs.close()
     try: got = ours.recv()
     except EOFError: got = "it ended without a result, perhaps for want of memory"
     child.join()
@@ -264,7 +271,7 @@ def benchmark_memory(
 
 def _memory_rows(n_layers, d, n, b, vocab, mixer, feedback, repeats, seed) -> list[dict]:
     "What the process of `benchmark_memory` does"
-    _glibc("mallopt", -3, 2**16)      # before there is a heap: from here on every tensor worth counting goes back when freed
+    _glibc("mallopt", -3, 2**18)      # before there is a heap: from here on every tensor worth counting goes back when freed
     device, heads = default_device(), max(1, d//64); seed_everything(seed)
     model = LanguageModel(LMConfig(vocab_size=vocab, d_model=d, n_layers=n_layers, n_heads=heads, max_len=n, mixer=mixer, credit="dfa",
                                    feedback=feedback, seed=seed)).to(device)
@@ -279,7 +286,7 @@ def _memory_rows(n_layers, d, n, b, vocab, mixer, feedback, repeats, seed) -> li
         except AssertionError as e: row.update(ok=False, failure=str(e))
     del truth, ref, got
     for name, row in rows.items():
-        if row["ok"]: row["peak_bytes"] = spread([peak_memory(variants[name][1], device) for _ in range(repeats)])
+        if row["ok"]: row["peak_bytes"] = spread([peak_memory(variants[name][1], device, warmup=True) for _ in range(repeats)])
     for row in rows.values():
         for key, base in (("ratio", "BP"), ("ratio_checkpointed", "BP, checkpointed")):
             if row["ok"] and rows[base]["ok"]: row[key] = row["peak_bytes"]["median"]/rows[base]["peak_bytes"]["median"]
@@ -345,19 +352,28 @@ def _stage_peak(fn:Callable, device:torch.device) -> int|None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); fn(); torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    _glibc("mallopt", -3, 2**20); gc.collect(); _glibc("malloc_trim", 0)
-    def status(key): return next(int(line.split()[1])*1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    try: Path("/proc/self/clear_refs").write_text("5"); before = status("VmRSS"); fn(); return status("VmHWM") - before    # 5: forget the peak
-    except (OSError, StopIteration): fn(); return None
+    gc.collect(); _glibc("malloc_trim", 0)
+    known = _forget_peak(); before = _max_rss(); fn()
+    return _max_rss() - before if known else None
+
+def _step_variants(stage:Stage, ids:Tensor, targets:Tensor, m:int) -> dict[str,Callable]:
+    "What `benchmark_pipeline` compares"
+    ours = {rule: (lambda rule=rule: pipeline_step(stage, ids, targets, m, rule)) for rule in ("bp", "dfa")}
+    return {"bp": ours["bp"], "torch GPipe": _torch_gpipe(stage, ids, targets, m), "dfa": ours["dfa"]}
+
+def _pipeline_peaks(stage, ids, targets, microbatches) -> dict:
+    "Peaks of each variant by number of microbatches, in processes that have done nothing else (see `benchmark_memory`)"
+    if ids.device.type == "cpu": _glibc("mallopt", -3, 2**18)
+    steps = {m: _step_variants(stage, ids, targets, m) for m in microbatches}
+    for step in steps[microbatches[0]].values(): step()
+    return {m: {name: _stage_peak(step, ids.device) for name, step in variants.items()} for m, variants in steps.items()}
 
 def _pipeline_worker(stage, ids, targets, microbatches, repeats, truth) -> dict:
     "What each process of `benchmark_pipeline` does; returns by number of microbatches"
     results, rank, device = {}, dist.get_rank(), ids.device
     torch.manual_seed(rank)
     for m in microbatches:
-        variants = {rule: (lambda rule=rule: pipeline_step(stage, ids, targets, m, rule)) for rule in ("bp", "dfa")}
-        variants = {"bp": variants["bp"], "torch GPipe": _torch_gpipe(stage, ids, targets, m), "dfa": variants["dfa"]}
-        errors = {}
+        variants, errors = _step_variants(stage, ids, targets, m), {}
         for name, step in variants.items():
             stage.zero_grad(); step(); got = {k: p.grad.clone() for k, p in stage.named_parameters()}
             for k in ("stem.embed.weight", "head.weight"):
@@ -366,23 +382,23 @@ def _pipeline_worker(stage, ids, targets, microbatches, repeats, truth) -> dict:
             except AssertionError as e: errors[name] = f"stage {rank}: {e}"
         part, part_targets = ids.tensor_split(m)[0], targets.tensor_split(m)[0]
         stream = torch.zeros(*part.shape, stage.stack.feedback.layer_dims[0], dtype=next(stage.parameters()).dtype, device=device)
-        times, units, links = {name: [] for name in variants}, dict(bp=[], dfa=[]), []
+        times, units, links = {name: [] for name in variants}, [], []
         for _ in range(repeats):
             for name, step in variants.items(): times[name].append(_clock(step, device))
-            for rule in units: units[rule].append(_units(stage, part, part_targets, rule))
+            units += [_units(stage, part, part_targets, rule) for rule in ("bp", "dfa")]      # the same work, cut apart or not
             links.append(_link(stream))
-        results[m] = dict(errors=errors, times=times, units=units, links=links, steps=variants)
-    for r in results.values(): r["peaks"] = {name: _stage_peak(step, device) for name, step in r.pop("steps").items()}
+        results[m] = dict(errors=errors, times=times, units=units, links=links)
     return results
 
 # %% ../../nbs/run/64_benchmark.ipynb #c0000020
 def _median(xs) -> float: return spread(list(xs))["median"]
 
-def _predict(results:list[dict], m:int, rule:str) -> tuple[float,dict]:
-    "The cost model's step time, and the units it is computed from"
-    units = {k: [_median(u[k] for u in r[m]["units"][rule]) for r in results] for k in ("forward", "head", "backward")}
-    link = _median(results[0][m]["links"])
-    return step_time(len(results), m, rule, link=link, forward=units["forward"], backward=units["backward"], head=units["head"][-1]), units | dict(link=link)
+def _predict(results:list[dict], m:int) -> tuple[dict,dict]:
+    "The cost model's step time by rule, and the units it is computed from"
+    units = {k: [_median(u[k] for u in r[m]["units"]) for r in results] for k in ("forward", "head", "backward")}
+    units["link"] = _median(results[0][m]["links"])
+    return {rule: step_time(len(results), m, rule, link=units["link"], forward=units["forward"], backward=units["backward"], head=units["head"][-1])
+            for rule in ("bp", "dfa")}, units
 
 def benchmark_pipeline(
     stages:int=2,                            # processes
@@ -403,7 +419,8 @@ def benchmark_pipeline(
 ) -> list[dict]:                             # one row for each number of microbatches and each variant
     "Step time of pipelined DFA against GPipe, beside the cost model's prediction; gradients are checked first"
     if min(stages, n_layers, d, n, b, vocab, repeats, *microbatches) < 1: raise InputError("stages, microbatches, layers, d, n, b, vocab and repeats must be at least 1")
-    if not microbatches or max(microbatches) > b: raise InputError(f"{b} sequences cannot be cut into {max(microbatches, default=0)} microbatches")
+    if not microbatches or any(b % m for m in microbatches):        # PyTorch's schedule wants equal ones
+        raise InputError(f"{b} sequences cannot be cut into equal microbatches, {' or '.join(map(str, microbatches)) or 'none'} of them")
     sizes = balance(n_layers, stages) if sizes is None else list(sizes)
     if len(sizes) != stages: raise InputError(f"{stages} stages need as many sizes, got {sizes}")
     seed_everything(seed)
@@ -417,23 +434,23 @@ def benchmark_pipeline(
     model.zero_grad()
     results = run_processes(_pipeline_worker, [(part, ids, targets, tuple(microbatches), repeats, t) for part, t in zip(parts, truth)],
                             device=device, timeout=timeout)
+    peaks = run_processes(_pipeline_peaks, [(part, ids, targets, tuple(microbatches)) for part in parts], device=device, timeout=timeout)
     rows = []
     for m in microbatches:
         errors = {name: [r[m]["errors"][name] for r in results] for name in results[0][m]["errors"]}
         times = {name: ts for name, ts in results[0][m]["times"].items() if not any(isinstance(e, str) for e in errors[name])}
         medians = {name: _median(ts) for name, ts in times.items()}
         baseline = min((name for name in medians if name != "dfa"), key=medians.get, default=None)
-        predicted = {rule: _predict(results, m, rule) for rule in ("bp", "dfa")}
+        predicted, units = _predict(results, m)
         for name, es in errors.items():
             row = dict(kind="pipeline", variant=name, microbatches=m, stages=stages, sizes=sizes, n_layers=n_layers, d=d, n=n, b=b, vocab=vocab,
                        mixer=mixer, feedback=feedback, repeats=repeats, seed=seed, where=device)
             rows.append(row)
             if name not in times: row.update(ok=False, failure=next(e for e in es if isinstance(e, str))); continue
-            seconds, units = predicted["dfa" if name == "dfa" else "bp"]
+            seconds, peak = predicted["dfa" if name == "dfa" else "bp"], [p[m][name] for p in peaks]
             row.update(ok=True, error=max(es), seconds=spread(times[name]), predicted=seconds, units=units, baseline=baseline,
-                       model_error=seconds/medians[name] - 1, peak_bytes=[r[m]["peaks"][name] for r in results] if None not in
-                       [r[m]["peaks"][name] for r in results] else None, ratio=ratio(times, name, baseline) if baseline else None,
-                       predicted_ratio=seconds/predicted["bp"][0])
+                       model_error=seconds/medians[name] - 1, peak_bytes=None if None in peak else peak,
+                       ratio=ratio(times, name, baseline) if baseline else None, predicted_ratio=seconds/predicted["bp"])
     return [append_row(Path(out)/"pipeline.jsonl", row) for row in rows] if out is not None else rows
 
 def print_pipeline(

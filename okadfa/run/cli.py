@@ -260,6 +260,41 @@ def _head(n, d, vocab, dtype, repeats, out):
     if min(n, d, vocab, repeats) < 1: raise InputError("tokens, d-model, vocab and repeats must be at least 1")
     print_table(benchmark_head(n, d, vocab, dtype=dtype, repeats=repeats, out=out))
 
+def _size_options(f):
+    "What `benchmark memory` and `benchmark pipeline` have in common"
+    for decl, name, default, text in reversed((("--d-model", "d", 256, "width"), ("--tokens", "n", 256, "tokens of a sequence"), ("--batch-size", "b", 8, "sequences of a step"),
+                                               ("--vocab", "vocab", 257, "vocabulary"))):
+        f = click.option(decl, name, type=int, default=default, show_default=True, help=text)(f)
+    f = click.option("--mixer", type=click.Choice(["favor", "softmax"]), default="favor", show_default=True, help="sequence mixer")(f)
+    f = click.option("--feedback", default="identity", show_default=True, help="kind of feedback, one with fixed matrices")(f)
+    return click.option("--out", type=click.Path(path_type=Path), default=None, help="folder for the rows, e.g. results")(f)
+
+@_benchmark.command("memory")
+@click.option("--layers", "n_layers", type=int, default=12, show_default=True, help="blocks")
+@_size_options
+@click.option("--repeats", type=int, default=3, show_default=True, help="measurements of each variant")
+def _memory(**kw):
+    """Peak memory of a training step: BP and DFA, each plain and with recomputation."""
+    from okadfa.run.benchmark import benchmark_memory, print_memory
+    print_memory(benchmark_memory(**kw))
+
+@_benchmark.command("pipeline")
+@click.option("--stages", type=int, default=2, show_default=True, help="processes, one thread each")
+@click.option("--microbatches", default="1,2,4", show_default=True, help="parts of a batch, a list; each must divide the batch size")
+@click.option("--layers", "n_layers", type=int, default=8, show_default=True, help="blocks")
+@click.option("--sizes", default=None, help="blocks of each stage, e.g. 5,3  [default: equal]")
+@_size_options
+@click.option("--repeats", type=int, default=7, show_default=True, help="alternating rounds")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cuda needs one GPU a stage")
+def _pipeline(microbatches, sizes, **kw):
+    """Pipelined DFA against GPipe over processes, in step time, beside the cost model's prediction."""
+    from okadfa.run.benchmark import benchmark_pipeline, print_pipeline
+    def numbers(text, flag):
+        try: return tuple(int(x) for x in text.split(","))
+        except ValueError: raise InputError(f"{flag} must be numbers with commas in between, got {text!r}") from None
+    sizes = None if sizes is None else list(numbers(sizes, "sizes"))
+    print_pipeline(benchmark_pipeline(microbatches=numbers(microbatches, "microbatches"), sizes=sizes, **kw))
+
 # %% ../../nbs/run/66_cli.ipynb #c000000e
 def size_options(f):
     "Decorator: one option for each key of `DEFAULTS`, absent unless given; --seq-len is the model's max_len"
