@@ -3,6 +3,7 @@ import re
 import pytest
 from conftest import ROOT, load
 from okadfa.core import read_rows
+from okadfa.run.ablate import markdown, read_runs, select, summarise
 from okadfa.run.demo import summary_table
 
 def between(marker):
@@ -15,14 +16,19 @@ def printed(notebook):
 def test_readme_shows_the_demo_rows():
     assert between("demo") == summary_table(read_rows(ROOT/"results"/"demo.jsonl")).strip()
 
-@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb")])
+def test_readme_shows_the_rows_of_the_rules():
+    rows = [r for r in read_runs(ROOT/"results") if r["tokenizer"] == "bytes" and r["steps"] == 2000 and r["model"]["n_layers"] == 6]
+    for name in {r["data"] for r in rows}:
+        assert markdown(summarise(select(rows, "rules", like=next(r for r in rows if r["data"] == name)))).strip() in between("rules")
+
+@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb")])
 def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
 
-@pytest.mark.parametrize("name", ["demo", "wikitext", "head"])
+@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate"])
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows
     for r in rows: assert r["provenance"]["commit"] and r["provenance"]["torch"] and r["provenance"]["device"]
-    if name != "head": assert len({r["model"]["seed"] for r in rows}) >= 3
+    if name in ("demo", "wikitext"): assert len({r["model"]["seed"] for r in rows}) >= 3

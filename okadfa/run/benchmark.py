@@ -62,7 +62,9 @@ def ratio(
 # %% ../../nbs/run/64_benchmark.ipynb #c000000a
 def _max_rss() -> int:
     "Largest resident set of this process so far, in bytes"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    # getrusage remembers the process that this one was started from, and that may have been larger
+    try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])*1024
+    except (OSError, IndexError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 def _glibc(name:str, *args:int) -> None:
     "Call one of glibc's allocator settings, where the C library has it"
