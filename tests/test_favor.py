@@ -1,7 +1,7 @@
 "FAVOR+: shapes and types on a grid, causality to the bit, padding, decoding, the promised cosine"
 import pytest, torch
 import torch.nn.functional as F
-from okadfa.attention.favor import FavorFeatures, FavorState, favor_attention, favor_attention_ref, gaussian_directions
+from okadfa.attention.favor import ExponentialFeatures, FavorFeatures, FavorState, favor_attention, favor_attention_ref, gaussian_directions
 from okadfa.attention.koa import KernelAttention, MultiHeadAttention, rotary
 from okadfa.core import InputError, assert_rel
 
@@ -18,6 +18,79 @@ def test_chunks_equal_the_definition(n, chunk, causal):
     f = FavorFeatures(8, m=20)
     ref = favor_attention_ref(q, k, v, f, causal=causal)
     assert_rel("values", ref, favor_attention(q, k, v, f, causal=causal, chunk=chunk), 1e-12)
+
+class Learned(ExponentialFeatures):
+    "Every part of an exponential feature map, each head's own, with gradients"
+    def __init__(self, h, d, m, shared=False):
+        super().__init__(d, m)
+        g, heads = torch.Generator().manual_seed(5), () if shared else (h,)
+        draw = lambda *s: torch.nn.Parameter(torch.randn(*s, generator=g, dtype=torch.float64)*0.5)
+        self.Wq, self.Wk, self.bq, self.bk, self.c = draw(*heads, m, d), draw(*heads, m, d), draw(*heads, m), draw(*heads, m), draw(d)
+    def affine(self, is_query): return (self.Wq, self.bq) if is_query else (self.Wk, self.bk)
+    def log_weight(self, x, is_query): return x @ self.c.to(x.dtype) if is_query else -x.square() @ self.c.to(x.dtype).square()
+
+class Opaque(torch.nn.Module):
+    "The same features, with nothing known about how they are made"
+    def __init__(self, features): super().__init__(); self.features, self.m = features, features.m
+    def forward(self, x, is_query=True): return self.features(x, is_query)
+    def scaled(self, x, is_query=True): return self.features.scaled(x, is_query)
+
+@pytest.mark.parametrize("n", [1, 15, 16, 50])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("pad", [True, False])
+def test_every_gradient_of_every_path(n, shared, pad):
+    q, k, v = (x.requires_grad_() for x in qkv(n=n, d=6, d_v=3, std=2.))
+    f = Learned(2, 6, 10, shared)
+    mask = torch.stack([torch.arange(n) % 3 == 0, torch.arange(n) >= n - 2]) if pad else None
+    wrt, go = (q, k, v, f.Wq, f.Wk, f.bq, f.bk, f.c), torch.randn(2, 2, n, 3, dtype=torch.float64)
+    def run(f, **kw):
+        out = favor_attention(q, k, v, f, key_padding_mask=mask, **kw)
+        return (out, *torch.autograd.grad(out, wrt, go))
+    ref = run(f, impl="ref")
+    for got in (run(f, chunk=8), run(Opaque(f), chunk=8), run(f, chunk=64)):
+        for name, a, b in zip(("out", "q", "k", "v", "Wq", "Wk", "bq", "bk", "c"), ref, got):
+            if a.abs().max() > 1e-12: assert_rel(name, a, b, 1e-10)
+            else: assert b.abs().max() < 1e-12, name        # one key only: nothing to weigh
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_segments_do_not_show(size, monkeypatch):
+    from okadfa.attention import favor
+    q, k, v = (x.requires_grad_() for x in qkv(n=70, std=3.))
+    f, go = FavorFeatures(8), torch.randn(2, 2, 70, 8, dtype=torch.float64)
+    run = lambda: (out := favor_attention(q, k, v, f, chunk=8), *torch.autograd.grad(out, (q, k, v), go))
+    whole, cut = run(), favor._segments
+    monkeypatch.setattr(favor, "_segments", lambda n, chunk, segment: cut(n, chunk, size*chunk))
+    for a, b in zip(whole, run()): assert_rel("segments", a, b, 1e-12)
+
+def test_memory_is_that_of_the_states():
+    "What the backward pass keeps: the inputs, the output and a state a segment, not the features"
+    kept = []
+    q, k, v = (x.requires_grad_() for x in qkv(b=1, h=2, n=4096, d=32, dtype=torch.float32))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x): favor_attention(q, k, v, FavorFeatures(32, 128))
+    numbers = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()//4 for x in kept}.values())
+    assert numbers < 2*4096*(4*32 + 8) + 2*128*33*16, numbers       # the features alone would be 2*4096*256
+
+@pytest.mark.parametrize("impl", ["ref", "chunk"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_share_keys_and_values(impl, causal):
+    q, k, v = qkv(h=6, n=20); k, v = k[:, :2], v[:, :2]
+    f = FavorFeatures(8)
+    got = favor_attention(q, k, v, f, impl=impl, causal=causal)
+    for h in range(6): assert_rel("head", favor_attention_ref(q[:, h:h+1], k[:, h//3:h//3+1], v[:, h//3:h//3+1], f, causal=causal), got[:, h:h+1], 1e-12)
+    with pytest.raises(InputError, match="multiple"): favor_attention(q[:, :5], k, v, f)
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_are_as_if_alone(causal):
+    q, k, v = qkv(b=1, n=50)
+    f, at = FavorFeatures(8), [0, 1, 18, 18, 50]
+    pad = torch.zeros(1, 50, dtype=torch.bool); pad[0, 30:35] = True
+    got = favor_attention(q, k, v, f, cu_seqlens=torch.tensor(at), causal=causal, key_padding_mask=pad, chunk=8)
+    for a, b in zip(at, at[1:]):
+        alone = favor_attention_ref(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], f, causal=causal, key_padding_mask=pad[:, a:b])
+        if b > a: assert_rel("alone", alone, got[:, :, a:b], 1e-12)
+    for bad in ([0, 20], [1, 50], [0, 30, 20, 50], [50]):
+        with pytest.raises(InputError, match="rise from 0"): favor_attention(q, k, v, f, cu_seqlens=torch.tensor(bad))
+    with pytest.raises(InputError, match="b = 1"): favor_attention(*qkv(n=50), f, cu_seqlens=torch.tensor(at))
 
 def test_cross_attention_takes_other_lengths():
     q, _, _ = qkv(n=5); _, k, v = qkv(n=11, seed=1)
@@ -105,13 +178,26 @@ def test_small_inputs_are_close_to_softmax(d):
         cos.append(F.cosine_similarity(soft, favor_attention(q, k, eye, FavorFeatures(d, seed=seed)), dim=-1).mean())
     assert sum(cos)/3 > 0.93
 
-@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_steps_equal_the_parallel_form(dtype, tol):
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", ["shared", "per head", "opaque"])
+@pytest.mark.parametrize("prompt", [0, 1, 30])
+def test_steps_equal_the_parallel_form(dtype, tol, kind, prompt):
     q, k, v = qkv(n=40, d_v=5, dtype=dtype, std=2.)
-    f, out = FavorFeatures(8), []
+    f = Learned(2, 8, 20) if kind == "per head" else FavorFeatures(8)
+    if kind == "opaque": f = Opaque(f)
     state = FavorState(f)
-    for t in range(40): out.append(state.step(q[:, :, t], k[:, :, t], v[:, :, t]))
+    out = [*state.prefill(*(x[:, :, :prompt] for x in (q, k, v))).unbind(2)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=prompt == 1):
+        out += [state.step(q[:, :, t], k[:, :, t], v[:, :, t]) for t in range(prompt, 40)]
     assert_rel("steps", favor_attention(q, k, v, f), torch.stack(out, 2), tol)
+    with pytest.raises(InputError, match="new FavorState"): state.prefill(q, k, v)
+
+def test_a_step_changes_nothing_it_was_given():
+    q, k, v = qkv(n=3, dtype=torch.float64)
+    before, f = [x.clone() for x in (q, k, v)], FavorFeatures(8)
+    state = FavorState(f); state.prefill(q, k, v)
+    state.step(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+    for a, b in zip(before, (q, k, v)): assert torch.equal(a, b)
 
 def test_rotary_needs_pairs():
     with pytest.raises(InputError, match="even"): rotary(torch.randn(1, 1, 3, 5))

@@ -28,11 +28,12 @@ def make_mixer(
 
 # %% ../../nbs/models/50_block.ipynb #c0000008
 def token_shift(
-    x:Tensor,      # [b n d]
-) -> Tensor:       # [b n d]: the first half of the channels as they are, the second half from one position before (zeros at the start)
+    x:Tensor,                  # [b n d]
+    last:Tensor|None=None,     # [b 1 d/2], second half of the position before the first; None: zeros
+) -> Tensor:                   # [b n d]: the first half of the channels as they are, the second half from one position before
     "Give every position half of its predecessor"
     here, before = x.tensor_split(2, -1)
-    return torch.cat([here, F.pad(before, (0, 0, 1, -1))], -1)
+    return torch.cat([here, F.pad(before, (0, 0, 1, -1)) if last is None else torch.cat([last, before[:, :-1]], 1)], -1)
 
 # %% ../../nbs/models/50_block.ipynb #c000000c
 class Branch(nn.Module):
@@ -50,6 +51,19 @@ class Branch(nn.Module):
         return token_shift(self.norm(x)) if self.shift else self.norm(x)
 
     def forward(self, x:Tensor) -> Tensor: return x + self.body(self.reads(x))
+
+    def extend(self,
+        x:Tensor,        # the stream at the next positions [b n d]
+        state:dict,      # what this branch remembers; empty at first, changed in place
+        start:int=0,     # how many positions came before
+    ) -> Tensor:         # [b n d]
+        "`forward` at the next positions of a text whose beginning is in `state`"
+        y = self.norm(x)
+        if self.shift:
+            y, state["last"] = token_shift(y, state.get("last")), y.tensor_split(2, -1)[1][:, -1:]
+        if not hasattr(self.body, "make_state"): return x + self.body(y)
+        if "mixer" not in state: state["mixer"] = self.body.make_state()
+        return x + self.body.extend(y, state["mixer"], start)
 
 class Block(nn.Module):
     "Pre-norm transformer block around a mixer"
@@ -78,3 +92,11 @@ class Block(nn.Module):
         # Inside forward, so that hooks on the block run once and not again during recomputation
         if self.checkpoint and torch.is_grad_enabled(): return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
+
+    def extend(self,
+        x:Tensor,              # the stream at the next positions [b n d]
+        state:tuple[dict, dict],  # what the two branches remember
+        start:int=0,           # how many positions came before
+    ) -> Tensor:               # [b n d]
+        "`forward` at the next positions of a text whose beginning is in `state`. No gradients"
+        return self.feed.extend(self.attend.extend(x, state[0], start), state[1], start)

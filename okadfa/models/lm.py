@@ -167,6 +167,20 @@ class LanguageModel(nn.Module):
                 extra = dict(outputs=torch.cat(boxes, -1), feedback=torch.cat([self.feedback.matrix(l) for l in layers]))
             return linear_cross_entropy(h, self.embed.weight, targets, chunk=chunk, reduction=reduction, **extra)
 
+    @torch.no_grad()
+    def extend(self,
+        ids:Tensor,             # the next token ids [b n]; a prompt first, then usually one at a time
+        state:dict|None=None,   # what the last call returned; None: the text begins here
+    ) -> tuple[Tensor, dict]:   # logits after the last of `ids` [b v], and the state, which is changed in place
+        """The next token's logits, from what is remembered of the text so far. Raises `InputError` beyond max_len"""
+        state = dict(n=0, blocks=[({}, {}) for _ in self.blocks]) if state is None else state
+        if ids.ndim != 2 or ids.shape[1] < 1: raise InputError(f"ids must be [b n] with n >= 1, got {tuple(ids.shape)}")
+        if state["n"] + ids.shape[1] > self.config.max_len: raise InputError(f"{state['n'] + ids.shape[1]} tokens are more than max_len={self.config.max_len}")
+        x = self.embed(ids)*math.sqrt(self.config.d_model)
+        for block, s in zip(self.blocks, state["blocks"]): x = block.extend(x, s, state["n"])
+        state["n"] += ids.shape[1]
+        return self.norm(x[:, -1]) @ self.embed.weight.T, state
+
     def loss(self, ids:Tensor, targets:Tensor, **kwargs) -> Tensor:
         "`forward` with targets: cross-entropy whose `.backward()` gives the gradient of the credit rule"
         return self(ids, targets=targets, **kwargs)

@@ -40,10 +40,13 @@ def generate(
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     g, ids = torch.Generator().manual_seed(seed), [bos_id, *map(int, prompt)]
+    new, state, full = ids[-model.config.max_len:], None, model.config.max_len
     for _ in range(n_tokens):
-        context = torch.tensor([ids[-model.config.max_len:]], device=device)
-        logits = model(context)[0, -1]
+        if state is not None and state["n"] == full: new, state = ids[-max(1, full//2):], None
+        logits, state = model.extend(torch.tensor([new], device=device), state)
+        logits = logits[0]
         logits[bos_id] = -torch.inf
-        ids.append(sample(logits, temperature, top_k, g))
+        new = [sample(logits, temperature, top_k, g)]
+        ids += new
     model.train(was_training)
     return ids[1 + len(prompt):]
