@@ -13,7 +13,7 @@ def flags(**kw): return [a for k, v in (TINY | kw).items() for a in ("--" + {"ma
 def text(tmp_path_factory):
     torch.set_num_threads(1)
     d = tmp_path_factory.mktemp("text")
-    for s in ("train", "valid"): (d/f"{s}.txt").write_bytes(b"Look before you leap. He who hesitates is lost.\n"*60)
+    for s in ("train", "valid", "test"): (d/f"{s}.txt").write_bytes(b"Look before you leap. He who hesitates is lost.\n"*60)
     return d
 
 def command(text, where, *args):

@@ -112,7 +112,8 @@ def read_runs(
     out = []
     for r in read_rows(Path(results)/"ablate.jsonl"):
         model, training = _defaults(LMConfig) | r["model"], _defaults(TrainConfig) | r["train"]
-        out.append(r | dict(model=model, train=training, key=run_key(model, training, r["data_id"])))
+        data = {k: v for k, v in r["data_id"].items() if k != "test_sha256"}       # no run of ours reads the test split
+        out.append(r | dict(model=model, train=training, data_id=data, key=run_key(model, training, data)))
     return out
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000011
