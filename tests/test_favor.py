@@ -47,7 +47,8 @@ def test_every_gradient_of_every_path(n, shared, pad):
         out = favor_attention(q, k, v, f, key_padding_mask=mask, **kw)
         return (out, *torch.autograd.grad(out, wrt, go))
     ref = run(f, impl="ref")
-    for got in (run(f, chunk=8), run(Opaque(f), chunk=8), run(f, chunk=64)):
+    local = run(f, impl="ref", local=True, chunk=8)
+    for ref, got in ((ref, run(f, chunk=8)), (ref, run(Opaque(f), chunk=8)), (ref, run(f, chunk=64)), (local, run(f, chunk=8, local=True))):
         for name, a, b in zip(("out", "q", "k", "v", "Wq", "Wk", "bq", "bk", "c"), ref, got):
             if a.abs().max() > 1e-12: assert_rel(name, a, b, 1e-10)
             else: assert b.abs().max() < 1e-12, name        # one key only: nothing to weigh
@@ -57,7 +58,9 @@ def test_segments_do_not_show(size, monkeypatch):
     from okadfa.attention import favor
     q, k, v = (x.requires_grad_() for x in qkv(n=70, std=3.))
     f, go = FavorFeatures(8), torch.randn(2, 2, 70, 8, dtype=torch.float64)
-    run = lambda: (out := favor_attention(q, k, v, f, chunk=8), *torch.autograd.grad(out, (q, k, v), go))
+    def run():
+        outs = [favor_attention(q, k, v, f, chunk=8, local=local) for local in (False, True)]
+        return *outs, *(g for out in outs for g in torch.autograd.grad(out, (q, k, v), go))
     whole, cut = run(), favor._segments
     monkeypatch.setattr(favor, "_segments", lambda n, chunk, segment: cut(n, chunk, size*chunk))
     for a, b in zip(whole, run()): assert_rel("segments", a, b, 1e-12)
@@ -84,9 +87,9 @@ def test_packed_sequences_are_as_if_alone(causal):
     q, k, v = qkv(b=1, n=50)
     f, at = FavorFeatures(8), [0, 1, 18, 18, 50]
     pad = torch.zeros(1, 50, dtype=torch.bool); pad[0, 30:35] = True
-    got = favor_attention(q, k, v, f, cu_seqlens=torch.tensor(at), causal=causal, key_padding_mask=pad, chunk=8)
+    got = favor_attention(q, k, v, f, cu_seqlens=torch.tensor(at), causal=causal, key_padding_mask=pad, chunk=8, local=causal)
     for a, b in zip(at, at[1:]):
-        alone = favor_attention_ref(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], f, causal=causal, key_padding_mask=pad[:, a:b])
+        alone = favor_attention_ref(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], f, causal=causal, key_padding_mask=pad[:, a:b], local=8*causal)
         if b > a: assert_rel("alone", alone, got[:, :, a:b], 1e-12)
     for bad in ([0, 20], [1, 50], [0, 30, 20, 50], [50]):
         with pytest.raises(InputError, match="rise from 0"): favor_attention(q, k, v, f, cu_seqlens=torch.tensor(bad))
@@ -108,19 +111,21 @@ def test_gradcheck(causal, pad):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("n,t", [(50, 1), (50, 49), (129, 64), (64, 31)])
-def test_the_past_is_bit_identical(dtype, n, t):
+@pytest.mark.parametrize("local", [False, True])
+def test_the_past_is_bit_identical(dtype, n, t, local):
     q, k, v = qkv(n=n, dtype=dtype)
     f = FavorFeatures(8)
-    out = favor_attention(q, k, v, f, chunk=32)
+    out = favor_attention(q, k, v, f, chunk=32, local=local)
     for size in (0., 1e-2, 30.):
         q2, k2, v2 = (x.clone() for x in (q, k, v))
         for i, x in enumerate((q2, k2, v2)): x[:, :, t:] = torch.randn(x[:, :, t:].shape, generator=torch.Generator().manual_seed(i)).to(dtype)*size
-        assert torch.equal(out[:, :, :t], favor_attention(q2, k2, v2, f, chunk=32)[:, :, :t])
+        assert torch.equal(out[:, :, :t], favor_attention(q2, k2, v2, f, chunk=32, local=local)[:, :, :t])
 
 def test_gradients_do_not_come_from_the_future():
     q, k, v = (x.requires_grad_() for x in qkv(n=40))
-    favor_attention(q, k, v, FavorFeatures(8), chunk=16)[:, :, :13].sum().backward()
-    for x in (q, k, v): assert x.grad[:, :, 13:].abs().max() == 0
+    for local in (False, True):
+        favor_attention(q, k, v, FavorFeatures(8), chunk=16, local=local)[:, :, :13].sum().backward()
+        for x in (q, k, v): assert x.grad[:, :, 13:].abs().max() == 0
 
 def test_padding_is_as_if_the_keys_were_not_there():
     q, k, v = qkv(b=2, n=20)
@@ -133,17 +138,21 @@ def test_padding_is_as_if_the_keys_were_not_there():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("impl", ["ref", "chunk"])
-def test_rows_without_a_key_are_zero(causal, impl):
+@pytest.mark.parametrize("local", [False, True])
+def test_rows_without_a_key_are_zero(causal, impl, local):
+    if local and not causal: return
     q, k, v = qkv(n=6)
     pad = torch.tensor([[True]*6, [True, True, False, False, False, False]])
-    out = favor_attention(q, k, v, FavorFeatures(8), causal=causal, key_padding_mask=pad, impl=impl)
+    out = favor_attention(q, k, v, FavorFeatures(8), causal=causal, key_padding_mask=pad, impl=impl, local=local, chunk=2)
     assert out[0].abs().max() == 0 and out.isfinite().all()
     assert (out[1, :, :2].abs().max() == 0) == causal
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_finite_and_is_no_average(dtype):
-    q, k, v = qkv(b=1, n=1500, d=64, dtype=dtype, std=8.)
-    out = favor_attention(q, k, v, FavorFeatures(64))
+@pytest.mark.parametrize("local", [False, True])
+def test_half_precision_stays_finite_and_is_no_average(dtype, local):
+    q, k, v = (x.requires_grad_() for x in qkv(b=1, n=1500, d=64, dtype=dtype, std=8.))
+    out = favor_attention(q, k, v, FavorFeatures(64), local=local)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().mean(), (q, k, v), retain_graph=True))
     assert out.dtype == dtype and out.isfinite().all()
     uniform = v.float().cumsum(2)/torch.arange(1, 1501)[:, None]
     assert F.cosine_similarity(out.float()[:, :, 100:], uniform[:, :, 100:], dim=-1).mean() < 0.5
@@ -180,16 +189,18 @@ def test_small_inputs_are_close_to_softmax(d):
 
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", ["shared", "per head", "opaque"])
-@pytest.mark.parametrize("prompt", [0, 1, 30])
-def test_steps_equal_the_parallel_form(dtype, tol, kind, prompt):
+@pytest.mark.parametrize("prompt", [0, 1, 16, 30])
+@pytest.mark.parametrize("local", [False, True])
+def test_steps_equal_the_parallel_form(dtype, tol, kind, prompt, local):
+    if local and kind == "opaque": return
     q, k, v = qkv(n=40, d_v=5, dtype=dtype, std=2.)
     f = Learned(2, 8, 20) if kind == "per head" else FavorFeatures(8)
     if kind == "opaque": f = Opaque(f)
-    state = FavorState(f)
+    state = FavorState(f, local, chunk=8)
     out = [*state.prefill(*(x[:, :, :prompt] for x in (q, k, v))).unbind(2)]
     with torch.autocast("cpu", torch.bfloat16, enabled=prompt == 1):
         out += [state.step(q[:, :, t], k[:, :, t], v[:, :, t]) for t in range(prompt, 40)]
-    assert_rel("steps", favor_attention(q, k, v, f), torch.stack(out, 2), tol)
+    assert_rel("steps", favor_attention(q, k, v, f, local=local, chunk=8), torch.stack(out, 2), tol)
     with pytest.raises(InputError, match="new FavorState"): state.prefill(q, k, v)
 
 def test_a_step_changes_nothing_it_was_given():
@@ -198,6 +209,12 @@ def test_a_step_changes_nothing_it_was_given():
     state = FavorState(f); state.prefill(q, k, v)
     state.step(q[:, :, 0], k[:, :, 0], v[:, :, 0])
     for a, b in zip(before, (q, k, v)): assert torch.equal(a, b)
+
+def test_one_chunk_of_exact_weights_is_softmax():
+    q, k, v = qkv(n=40, std=3.)
+    assert_rel("softmax", F.scaled_dot_product_attention(q, k, v, is_causal=True), favor_attention(q, k, v, FavorFeatures(8), local=True, chunk=40), 1e-12)
+    for bad in (dict(causal=False), dict(features=Opaque(FavorFeatures(8)))):
+        with pytest.raises(InputError, match="local=True needs"): favor_attention(**(dict(q=q, k=k, v=v, features=FavorFeatures(8), local=True) | bad))
 
 def test_rotary_needs_pairs():
     with pytest.raises(InputError, match="even"): rotary(torch.randn(1, 1, 3, 5))

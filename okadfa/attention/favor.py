@@ -111,13 +111,17 @@ def favor_attention_ref(
     *,
     causal:bool=True,               # row i sees keys 0..i
     key_padding_mask:Tensor|None=None,   # [b n_k] bool, True = ignore this key
+    local:int=0,                    # keys in a row's own chunk of this many positions get softmax's weight exp(q.k/sqrt(d)); 0: none
 ) -> Tensor:                        # [b h n d_v], the dtype of v
     "The definition: weights phi(q_i).phi(k_j), normalised over the keys that row i may see. Quadratic in n"
     A = features(q, is_query=True) @ features(k, is_query=False).transpose(-1, -2)          # [b h n n_k]
+    if local:
+        at = torch.arange(q.shape[2], device=q.device)//local
+        A = (q.to(A.dtype) @ k.to(A.dtype).mT/q.shape[-1]**0.5).exp().where(at[:, None] == at, A)
     if causal: A = A.tril()
     if key_padding_mask is not None: A = A.masked_fill(key_padding_mask[:, None, None], 0)
     total = A.sum(-1, keepdim=True)
-    return ((A/total.where(total > 0, 1)) @ v.to(A.dtype)).to(v.dtype)
+    return ((A/total.where(total != 0, 1)) @ v.to(A.dtype)).to(v.dtype)
 
 # %% ../../nbs/attention/10_favor.ipynb #c0000019
 NEVER = -1e30   # the log-scale of a key that nobody sees; finite, so that differences stay defined
@@ -134,7 +138,7 @@ def _scaled_keys(k, features, pad):
 def _quotient(num:Tensor, dtype) -> Tensor:
     "Split the ones column off and divide; rows without any key give zeros"
     total = num[..., -1:]
-    return (num[..., :-1]/total.where(total > 0, 1)).to(dtype)
+    return (num[..., :-1]/total.where(total != 0, 1)).to(dtype)
 
 def _causal_chunks(q, k, v, features, pad, chunk):
     b, h, n, _ = q.shape
@@ -167,96 +171,121 @@ def _segments(n, chunk, segment):
     whole = n//chunk*chunk
     return [(i, min(segment, whole - i), chunk) for i in range(0, whole, segment)] + [(whole, n - whole, n - whole)]*(n > whole)
 
-def _segment(q, k, v1, Wq, Wk, bias, weight, S, s, c):
+def _segment(q, k, v1, Wq, Wk, bias, weight, weight_q, S, s, c):
     "All that both directions need of one segment, by chunks [b h chunk row ...]; then the state and the scale after it"
-    x, (b, h, n, _) = SimpleNamespace(), q.shape
+    x, (b, h, n, d) = SimpleNamespace(), q.shape
+    chunks = lambda y: y.view(b, h, n//c, c, *y.shape[3:])
     fq, fk = q @ Wq.mT, k @ Wk.mT
-    fq -= fq.amax(-1, keepdim=True)                                            # a query's own factor cancels
+    own = fq.amax(-1, keepdim=True)
+    fq -= own
     if bias is not None: fk += bias if bias.ndim == 1 else bias[:, None]
-    t = torch.cat([s, fk.amax(-1) + weight], -1).cummax(-1).values[..., 1:]    # [b h n], looks back only
-    fk += (weight - t)[..., None]
-    x.fq, x.fk, x.v1, x.t = (y.view(b, h, n//c, c, *y.shape[3:]) for y in (fq.exp_(), fk.exp_(), v1, t))
-    x.moved, x.T = bool((t[..., -1:] != s).any()), x.t[..., -1]
+    a = fk.amax(-1) + weight
+    if weight_q is None:                                                       # a query's own factor cancels
+        t = torch.cat([s, a], -1).cummax(-1).values[..., 1:]                   # [b h n], looks back only
+        x.T = chunks(t)[..., -1]
+    else: x.T = torch.cat([s, chunks(a).amax(-1)], -1).cummax(-1).values[..., 1:]
     before = torch.cat([s, x.T[..., :-1]], -1)
-    x.A = x.fq @ x.fk.mT
-    x.late = x.fk                                                              # keys as seen from the end of their chunk
-    if x.moved:
-        x.decay = (before - x.T).exp()[..., None, None]                        # from one chunk's end to the next
-        x.since = (before[..., None] - x.t).exp()[..., None]                   # from the end of the chunk before to a row
-        x.left = (x.t - x.T[..., None]).exp()[..., None]                       # from a row to the end of its chunk
-        x.within = (x.t[..., None, :] - x.t[..., None]).exp_()                 # from row to row; above the diagonal it is not used
-        x.A *= x.within
-        x.late = x.fk*x.left
-    x.A.tril_()
+    x.moved = bool((x.T[..., -1:] != s).any())
+    if x.moved: x.decay = (before - x.T).exp()[..., None, None]                # from one chunk's end to the next
+    if weight_q is None:
+        fk += (weight - t)[..., None]
+        x.fq, x.fk, x.v1, t = (chunks(y) for y in (fq.exp_(), fk.exp_(), v1, t))
+        x.A = x.fq @ x.fk.mT
+        x.late = x.fk                                                          # keys as seen from the end of their chunk
+        if x.moved:
+            x.since = (before[..., None] - t).exp()[..., None]                 # from the end of the chunk before to a row
+            x.left = (t - x.T[..., None]).exp()[..., None]                     # from a row to the end of its chunk
+            x.within = (t[..., None, :] - t[..., None]).exp_()                 # from row to row; above the diagonal it is not used
+            x.A *= x.within
+            x.late = x.fk*x.left
+        x.A.tril_()
+    else:                                                                      # inside a chunk softmax itself; two scales meet in a row
+        fk += (weight - x.T.repeat_interleave(c, -1))[..., None]
+        x.fq, x.late, x.v1 = (chunks(y) for y in (fq.exp_(), fk.exp_(), v1))
+        near = chunks(q) @ chunks(k).mT*d**-0.5
+        hidden = torch.ones(c, c, dtype=torch.bool, device=q.device).triu(1) | (chunks(weight) <= START)[..., None, :]
+        near.masked_fill_(hidden, 2*NEVER)
+        far = chunks(own[..., 0] + weight_q) + before[..., None]
+        top = torch.maximum(near.amax(-1), far)
+        x.A, x.since = (near - top[..., None]).exp_().masked_fill_(hidden, 0), (far - top).exp_()[..., None]
     new, x.S = x.late.mT @ x.v1, []
     for g in range(n//c):
         x.S.append(S)
         S = new[:, :, g] + (S*x.decay[:, :, g] if x.moved else S)
     x.S = torch.stack(x.S, 2)
-    return x, S, t[..., -1:]
+    return x, S, x.T[..., -1:]
 
 class _ByHand(torch.autograd.Function):
     "Causal attention with exponential features: linear memory, its gradient written out"
     @staticmethod
-    def forward(ctx, q, k, v, Wq, Wk, bias, weight, chunk, segment):
+    def forward(ctx, q, k, v, Wq, Wk, bias, weight, weight_q, chunk, segment):
         (b, h, n, _), wide = q.shape, weight.dtype
         S, s = weight.new_zeros(b, h, Wq.shape[-2], v.shape[-1] + 1), weight.new_full((b, h, 1), START)
         out, total, states = weight.new_empty(v.shape), weight.new_empty(b, h, n, 1), []
         for i, size, c in _segments(n, chunk, segment):
             sl = slice(i, i + size)
             states += [S, s]
-            x, S, s = _segment(q[:, :, sl].to(wide), k[:, :, sl].to(wide), _with_ones(v[:, :, sl], wide), Wq, Wk, bias, weight[:, :, sl], S, s, c)
+            x, S, s = _segment(q[:, :, sl].to(wide), k[:, :, sl].to(wide), _with_ones(v[:, :, sl], wide), Wq, Wk, bias, weight[:, :, sl],
+                               None if weight_q is None else weight_q[:, :, sl], S, s, c)
             past = x.fq @ x.S
-            if x.moved: past *= x.since
+            if x.moved or weight_q is not None: past *= x.since
             num = (x.A @ x.v1).add_(past).view(b, h, size, -1)
             d = num[..., -1:]
             d = total[:, :, sl] = d.where(d > 0, 1)                            # a row that sees no key gets zeros
             torch.div(num[..., :-1], d, out=out[:, :, sl])
-        ctx.save_for_backward(q, k, v, Wq, Wk, bias, weight, out, total, *states)
+        if n % chunk and weight_q is not None: S, s = states[-2:]              # an unfinished chunk is not in the state yet
+        ctx.save_for_backward(q, k, v, Wq, Wk, bias, weight, weight_q, out, total, *states)
         ctx.chunk, ctx.segment = chunk, segment
         return out.to(v.dtype), S, s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        q, k, v, Wq, Wk, bias, weight, out, total, *states = ctx.saved_tensors
-        (b, h, n, _), wide = q.shape, weight.dtype
+        q, k, v, Wq, Wk, bias, weight, weight_q, out, total, *states = ctx.saved_tensors
+        (b, h, n, d), wide, local = q.shape, weight.dtype, weight_q is not None
         dq, dk, dv, dweight = (x.new_empty(x.shape) for x in (q, k, v, weight))
+        dweight_q = torch.empty_like(weight_q) if local else None
         dWq, dWk, dbias = (torch.zeros_like(x) if need else None for x, need in zip((Wq, Wk, bias), ctx.needs_input_grad[3:6]))
         Z = torch.zeros_like(states[0])
         for (i, size, c), S, s in reversed(list(zip(_segments(n, ctx.chunk, ctx.segment), states[::2], states[1::2]))):
             sl, rows = slice(i, i + size), lambda y: y.view(b, h, size, -1)
             qs, ks = q[:, :, sl].to(wide), k[:, :, sl].to(wide)
-            x, *_ = _segment(qs, ks, _with_ones(v[:, :, sl], wide), Wq, Wk, bias, weight[:, :, sl], S, s, c)
+            x, *_ = _segment(qs, ks, _with_ones(v[:, :, sl], wide), Wq, Wk, bias, weight[:, :, sl], weight_q[:, :, sl] if local else None, S, s, c)
             g = grad[:, :, sl].to(wide)
             g = (torch.cat([g, -(g*out[:, :, sl]).sum(-1, keepdim=True)], -1)/total[:, :, sl]).view(x.v1.shape)
             B = g @ x.v1.mT
-            if x.moved: B *= x.within
-            B.tril_()
-            new, Zs = (x.fq*x.since if x.moved else x.fq).mT @ g, []
+            new, Zs = (x.fq*x.since if x.moved or local else x.fq).mT @ g, []
             for j in reversed(range(size//c)):
                 Zs.append(Z)
                 Z = new[:, :, j] + (Z*x.decay[:, :, j] if x.moved else Z)
             Zs = torch.stack(Zs[::-1], 2)
             dlq = g @ x.S.mT                                                   # first of the features, then of their logarithms
-            if x.moved: dlq *= x.since
-            dlq = rows(dlq.add_(B @ x.fk).mul_(x.fq))
-            dlk = (x.v1*x.left if x.moved else x.v1) @ Zs.mT
-            dlk = rows(dlk.add_(B.mT @ x.fq).mul_(x.fk))
+            if x.moved or local: dlq *= x.since
+            dlk = (x.v1*x.left if x.moved and not local else x.v1) @ Zs.mT
+            if local: dlq, dlk = rows(dlq.mul_(x.fq)), rows(dlk.mul_(x.late))
+            else:
+                if x.moved: B *= x.within
+                B.tril_()
+                dlq, dlk = rows(dlq.add_(B @ x.fk).mul_(x.fq)), rows(dlk.add_(B.mT @ x.fq).mul_(x.fk))
             dq[:, :, sl], dk[:, :, sl], dweight[:, :, sl] = dlq @ Wq, dlk @ Wk, dlk.sum(-1)
+            if local:
+                near = (B*x.A).mul_(d**-0.5)                                   # gradient of softmax's own logits
+                dq[:, :, sl] += rows(near @ ks.view(b, h, -1, c, d))
+                dk[:, :, sl] += rows(near.mT @ qs.view(b, h, -1, c, d))
+                dweight_q[:, :, sl] = dlq.sum(-1)
             dv[:, :, sl] = rows((x.A.mT @ g[..., :-1]).add_(x.late @ Zs[..., :-1]))
             if dWq is not None: dWq += (dlq.mT @ qs).sum_to_size(Wq.shape) if Wq.ndim == 3 else (dlq.mT @ qs).sum((0, 1))
             if dWk is not None: dWk += (dlk.mT @ ks).sum_to_size(Wk.shape) if Wk.ndim == 3 else (dlk.mT @ ks).sum((0, 1))
             if dbias is not None: dbias += dlk.sum((0, 2)) if bias.ndim == 2 else dlk.sum((0, 1, 2))
-        return dq, dk, dv, dWq, dWk, dbias, dweight, None, None
+        return dq, dk, dv, dWq, dWk, dbias, dweight, dweight_q, None, None
 
 # %% ../../nbs/attention/10_favor.ipynb #c000001d
 def _affine(features, h, d, dtype):
-    (Wq, bq), (Wk, bk) = features.affine(True), features.affine(False)
+    (Wq, bq), (Wk, bk) = ((None if x is None else x.to(dtype) for x in features.affine(side)) for side in (True, False))
     if d != features.d: raise InputError(f"{type(features).__name__} was made for d={features.d}, got vectors of {d}")
     if Wq.ndim == 3 and len(Wq) != h: raise InputError(f"{type(features).__name__} has statistics of {len(Wq)} heads, got {h}")
     bias = bq if bk is None else bk if bq is None else bq + bk
-    return Wq.to(dtype), Wk.to(dtype), None if bias is None else bias.to(dtype)
+    return Wq, Wk, bias
 
 def exponents(
     features:ExponentialFeatures,       # feature map
@@ -270,14 +299,15 @@ def exponents(
     if key_padding_mask is not None: weight = weight.masked_fill(key_padding_mask[:, None], NEVER)
     return Wq, Wk, bias, weight
 
-def _by_hand(q, k, v, features, pad, chunk):
+def _by_hand(q, k, v, features, pad, chunk, local=False):
     Wq, Wk, bias, weight = exponents(features, k, pad)
+    weight_q = features.log_weight(q.to(weight.dtype), True) if local else None
     cells = 2**18 if q.device.type == "cpu" else 2**24                # features of one segment; on the CPU they stay in the cache
     segment = max(1, cells//(q.shape[0]*q.shape[1]*features.m*chunk))*chunk
-    return _ByHand.apply(q, k, v, Wq, Wk, bias, weight, chunk, segment)
+    return _ByHand.apply(q, k, v, Wq, Wk, bias, weight, weight_q, chunk, segment)
 
 # %% ../../nbs/attention/10_favor.ipynb #c000001f
-def _check(q, k, v, causal, pad, cu_seqlens, chunk, impl):
+def _check(q, k, v, features, causal, pad, cu_seqlens, local, chunk, impl):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise InputError(f"need q [b h n d], k [b h n_k d], v [b h n_k d_v], got {tuple(q.shape)} {tuple(k.shape)} {tuple(v.shape)}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]: raise InputError(f"the number of query heads must be a multiple of that of key heads, got {q.shape[1]} and {k.shape[1]}")
@@ -286,6 +316,7 @@ def _check(q, k, v, causal, pad, cu_seqlens, chunk, impl):
     if pad is not None and (pad.dtype != torch.bool or pad.shape != (k.shape[0], k.shape[2])):
         raise InputError(f"key_padding_mask must be bool [b n_k] = {(k.shape[0], k.shape[2])}, got {pad.dtype} {tuple(pad.shape)}")
     if impl not in ("auto", "ref", "chunk", "triton"): raise InputError(f"impl must be auto, ref, chunk or triton, got {impl!r}")
+    if local and not (causal and isinstance(features, ExponentialFeatures)): raise InputError("local=True needs causal=True and a feature map with logarithms (ExponentialFeatures)")
     if cu_seqlens is None: return
     if q.shape[0] != 1 or q.shape[2] != k.shape[2]: raise InputError(f"cu_seqlens needs b = 1 and as many keys as queries, got b={q.shape[0]}, {k.shape[2]} keys, {q.shape[2]} queries")
     at = [int(x) for x in cu_seqlens]
@@ -301,14 +332,15 @@ def favor_attention(
     causal:bool=True,               # row i sees keys 0..i
     key_padding_mask:Tensor|None=None,   # [b n_k] bool, True = ignore this key
     cu_seqlens:Tensor|None=None,    # [s+1], where packed sequences begin, n at the end; none sees another. Needs b = 1
+    local:bool=False,               # softmax's own weights inside a chunk; features carry what lies before it
     impl:str="auto",                # "ref" (the definition), "chunk" (linear), "triton"; "auto" takes the fastest that can run
-    chunk:int=64,                   # positions handled at once on the "chunk" path
+    chunk:int=64,                   # positions handled at once; part of the definition only where `local`
 ) -> Tensor:                        # [b h n d_v], the dtype of v
     """Attention with the estimated softmax kernel, linear in n. Past outputs do not depend on the future, to the last bit.
 
     Raises `InputError` for shapes that do not fit, NotImplementedError for an `impl` that cannot run here."""
-    _check(q, k, v, causal, key_padding_mask, cu_seqlens, chunk, impl)
-    pad, options = key_padding_mask, dict(causal=causal, impl=impl, chunk=chunk)
+    _check(q, k, v, features, causal, key_padding_mask, cu_seqlens, local, chunk, impl)
+    pad, options = key_padding_mask, dict(causal=causal, local=local, impl=impl, chunk=chunk)
     if q.shape[1] != k.shape[1]: k, v = (x.repeat_interleave(q.shape[1]//k.shape[1], 1) for x in (k, v))
     if impl == "triton": raise NotImplementedError("impl='triton': there is no Triton kernel for favor_attention yet, use 'chunk'")
     if cu_seqlens is not None:
@@ -316,8 +348,8 @@ def favor_attention(
         return torch.cat([favor_attention(*(x[:, :, p] for x in (q, k, v)), features, key_padding_mask=None if pad is None else pad[:, p], **options) for p in parts], 2)
     if q.shape[2] == 0 or k.shape[2] == 0: return v.new_zeros(*q.shape[:3], v.shape[3])
     with torch.autocast(q.device.type, enabled=False):
-        if impl == "ref": return favor_attention_ref(q, k, v, features, causal=causal, key_padding_mask=pad)
-        if causal and isinstance(features, ExponentialFeatures): return _by_hand(q, k, v, features, pad, chunk)[0]
+        if impl == "ref": return favor_attention_ref(q, k, v, features, causal=causal, key_padding_mask=pad, local=chunk*local)
+        if causal and isinstance(features, ExponentialFeatures): return _by_hand(q, k, v, features, pad, chunk, local)[0]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         v1 = _with_ones(v, wide)
         num = _causal_chunks(q, k, v1, features, pad, chunk)[0] if causal else _all_keys(q, k, v1, features, pad)
@@ -326,25 +358,32 @@ def favor_attention(
 # %% ../../nbs/attention/10_favor.ipynb #c0000029
 class FavorState:
     "Recurrent form of causal `favor_attention`: O(m d_v) memory and time a token. No gradients. The feature map must not change meanwhile"
-    def __init__(self, features:nn.Module): self.features, self.S, self.s = features, None, None
+    def __init__(self,
+        features:nn.Module,    # feature map
+        local:bool=False,      # see `favor_attention`
+        chunk:int=64,          # see `favor_attention`
+    ): self.features, self.local, self.chunk, self.S, self.s, self.n = features, local, chunk, None, None, 0
 
     def prefill(self,
         q:Tensor,         # queries [b h n d]
         k:Tensor,         # keys [b h n d]
         v:Tensor,         # values [b h n d_v]
-        chunk:int=64,     # see `favor_attention`
     ) -> Tensor:          # [b h n d_v]
         "Take a prompt in, all positions at once. Raises `InputError` for a state that has seen something already"
         if self.S is not None: raise InputError("prefill starts a new sequence: make a new FavorState, or go on with step")
-        _check(q, k, v, True, None, None, chunk, "chunk")
-        if q.shape[2] == 0: return v.new_zeros(v.shape)
+        _check(q, k, v, self.features, True, None, None, self.local, self.chunk, "chunk")
+        self.n = q.shape[2]
+        if self.n == 0: return v.new_zeros(v.shape)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if isinstance(self.features, ExponentialFeatures):
-                out, S, s = _by_hand(q, k, v, self.features, None, chunk)
+                out, S, s = _by_hand(q, k, v, self.features, None, self.chunk, self.local)
             else:
-                num, S, s = _causal_chunks(q, k, _with_ones(v, torch.float64 if q.dtype == torch.float64 else torch.float32), self.features, None, chunk)
+                num, S, s = _causal_chunks(q, k, _with_ones(v, torch.float64 if q.dtype == torch.float64 else torch.float32), self.features, None, self.chunk)
                 out = _quotient(num, v.dtype)
             self.S, self.s = S.clone(), s[..., 0].clone()          # step works in place
+            if self.local and (rest := self.n % self.chunk):
+                self._start(k[:, :, 0], v[:, :, 0])
+                self.keys[:, :, :rest], self.values[:, :, :rest, :-1] = k[:, :, -rest:], v[:, :, -rest:]
         return out
 
     def _start(self, k, v):
@@ -356,6 +395,7 @@ class FavorState:
             Wq, Wk, self.bias = _affine(self.features, k.shape[1], k.shape[-1], wide)
             self.Wq, self.Wk = Wq.mT.contiguous(), Wk.mT.contiguous()
         self.v1, self.sizes = self.S.new_ones(*v.shape[:-1], 1, v.shape[-1] + 1), (v.shape[-1], 1)
+        if self.local: self.keys, self.values = self.S.new_empty(*v.shape[:-1], self.chunk, k.shape[-1]), self.S.new_ones(*v.shape[:-1], self.chunk, v.shape[-1] + 1)
 
     def _features(self, q, k):
         "Features of the query, of the key measured from the new running maximum, and that maximum"
@@ -382,6 +422,8 @@ class FavorState:
         if torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False): return self.step(q, k, v)
         if not hasattr(self, "v1"): self._start(k, v)
+        self.n += 1
+        if self.local: return self._local_step(q, k, v)
         fq, fk, top = self._features(q, k)
         if self.S.is_cuda or not torch.equal(top, self.s):           # asking a GPU would cost more than multiplying
             self.S.mul_((self.s - top).exp_()[..., None, None]); self.s = top
@@ -389,3 +431,22 @@ class FavorState:
         self.S.addcmul_(fk[..., None], self.v1)
         num, total = (fq[..., None, :] @ self.S).squeeze(-2).split(self.sizes, -1)
         return (num/total.clamp_min(1e-37)).to(v.dtype)              # zero only if every product underflows
+
+    def _local_step(self, q, k, v):
+        r, wide = (self.n - 1) % self.chunk, self.S.dtype
+        self.keys[:, :, r], self.values[:, :, r, :-1] = k, v
+        q = q.to(wide)[..., None, :]                                 # [b h 1 d]
+        near = (q @ self.keys[:, :, :r + 1].mT)*q.shape[-1]**-0.5
+        fq = q @ self.Wq
+        own = fq.amax(-1, keepdim=True)
+        far = own + (self.features.log_weight(q, True) + self.s[..., None])[..., None]
+        top = torch.maximum(near.amax(-1, keepdim=True), far)
+        num, total = ((near - top).exp_() @ self.values[:, :, :r + 1] + (far - top).exp_()*((fq - own).exp_() @ self.S)).squeeze(-2).split(self.sizes, -1)
+        if r == self.chunk - 1:                                      # the chunk is full: into the state with it
+            fk, weight = self.keys @ self.Wk, self.features.log_weight(self.keys, False)
+            if self.bias is not None: fk += self.bias if self.bias.ndim == 1 else self.bias[:, None]
+            T = torch.maximum(self.s, (fk.amax(-1) + weight).amax(-1))
+            fk += (weight - T[..., None])[..., None]
+            self.S.mul_((self.s - T).exp_()[..., None, None]).add_(fk.exp_().mT @ self.values)
+            self.s = T
+        return (num/total).to(v.dtype)
