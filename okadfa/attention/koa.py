@@ -117,12 +117,13 @@ class KernelAttention(MultiHeadAttention):
         features:nn.Module|None=None, # feature map; default `FavorFeatures(d_head, m, seed=seed)`, shared by the heads
         seed:int=0,                   # of the random directions
         impl:str="auto",              # see `favor_attention`
+        local:bool=False,             # softmax's own weights inside chunks of 64 positions, see `favor_attention`
     ):
         super().__init__(d_model, n_heads, positions)
         self.features = features if features is not None else FavorFeatures(self.d_head, m, seed=seed)
-        self.impl = impl
+        self.impl, self.local = impl, local
 
     def attend(self, q:Tensor, k:Tensor, v:Tensor, key_padding_mask:Tensor|None=None) -> Tensor:
-        return favor_attention(q, k, v, self.features, key_padding_mask=key_padding_mask, impl=self.impl)
+        return favor_attention(q, k, v, self.features, key_padding_mask=key_padding_mask, impl=self.impl, local=self.local)
 
-    def make_state(self): return FavorState(self.features)
+    def make_state(self): return FavorState(self.features, self.local)

@@ -20,10 +20,11 @@ def make_mixer(
     n_heads:int,         # must divide d_model
     m:int|None=None,     # random features a head (favor), default 4*d_head
     seed:int=0,          # of the random features
+    local:bool=False,    # softmax's own weights inside chunks of 64 positions (favor)
 ) -> nn.Module:          # [b n d] -> [b n d], causal
     "The sequence mixer of a block. Raises `InputError` for an unknown name"
     if name == "softmax": return MultiHeadAttention(d_model, n_heads)
-    if name == "favor": return KernelAttention(d_model, n_heads, m, seed=seed)
+    if name == "favor": return KernelAttention(d_model, n_heads, m, seed=seed, local=local)
     raise InputError(f"mixer must be softmax or favor, got {name!r}")
 
 # %% ../../nbs/models/50_block.ipynb #c0000008

@@ -41,6 +41,7 @@ class LMConfig:
     embedding_credit:str = _opt("block", "credit of the embedding: block (through the first block) | direct | none")
     embed_std:float = _opt(0.02, "initial standard deviation of the embedding's entries; they enter the stream times sqrt(d_model)")
     m:int|None = _opt(None, "random features a head, default 4 * d_model / n_heads")
+    local:bool = _opt(False, "softmax's own attention weights inside chunks of 64 positions, features for what lies before (favor)")
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
@@ -49,6 +50,7 @@ class LMConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_len", "expand"):
             if getattr(self, name) < 1: raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.local and self.mixer != "favor": raise InputError(f"local=True needs mixer='favor', got {self.mixer!r}")
         if self.m is not None and self.m < 1: raise InputError(f"m must be at least 1, got {self.m}")
         if self.rounds < 0: raise InputError(f"rounds must be 0 or more, got {self.rounds}")
         if self.d_model % self.n_heads: raise InputError(f"d_model must be divisible by n_heads, got d_model={self.d_model} n_heads={self.n_heads}")
@@ -86,7 +88,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l), c.d_model, c.expand, c.token_shift, c.checkpoint)
+        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l, local=c.local), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
         self.feedback = self.inner_feedback = None
