@@ -295,6 +295,59 @@ def _pipeline(microbatches, sizes, **kw):
     sizes = None if sizes is None else list(numbers(sizes, "sizes"))
     print_pipeline(benchmark_pipeline(microbatches=numbers(microbatches, "microbatches"), sizes=sizes, **kw))
 
+@_benchmark.command("attention")
+@click.option("--n", default="1024,2048,4096", show_default=True, help="lengths, a list; for decode the contexts")
+@click.option("--m", type=int, default=128, show_default=True, help="random features a head")
+@click.option("--d", type=int, default=64, show_default=True, help="channels of a head")
+@click.option("--heads", type=int, default=8, show_default=True, help="heads")
+@click.option("--batch", type=int, default=1, show_default=True, help="sequences; decode is measured with 1 and with 8")
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("--what", default="forward,training,decode,memory", show_default=True, help="what to measure, a list")
+@click.option("--variants", default=None, help="some of sdpa,naive,favor,performer,fla  [default: all that the device can run]")
+@click.option("--contexts", default="1024,4096,16384,65536", show_default=True, help="lengths after which decode times a step of ours, side by side")
+@click.option("--repeats", type=int, default=5, show_default=True, help="alternating rounds")
+@click.option("--threads", type=int, default=2, show_default=True, help="threads of the CPU; memory is measured with one")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="folder for the rows, e.g. results")
+def _attention(n, contexts, what, variants, **kw):
+    """Causal attention, linear and quadratic: time, time a token, peak memory. Each variant is checked first.
+
+    The baseline is PyTorch's fused kernel. performer-pytorch takes part where it is installed (pip install 'okadfa[bench]'),
+    flash-linear-attention on CUDA (pip install fla-core).
+
+    \b
+    Examples:
+      okadfa benchmark attention
+      okadfa benchmark attention --n 65536 --what training --variants favor
+      okadfa benchmark attention --device cuda --dtype bfloat16 --n 2048,8192,32768
+    """
+    from okadfa.run.benchmark import benchmark_attention, print_attention
+    def words(text): return tuple(text.replace(",", " ").split())
+    print_attention(benchmark_attention(_numbers("n", n, int), what=words(what), variants=None if variants is None else words(variants),
+                                        contexts=_numbers("contexts", contexts, int), say=click.echo, **kw))
+
+@_benchmark.command("estimators")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--data", default="embedded", show_default=True, help="text: embedded, a folder with train.txt and valid.txt, wikitext-2 or wikitext-103")
+@click.option("--tokenizer", default="bytes", show_default=True, help="that of the checkpoint: bytes, a hub name, or a folder with tokenizer files")
+@click.option("--names", default=None, help="some estimators, a list  [default: all]")
+@click.option("--m", type=int, default=None, help="features a head  [default: 4 * d]")
+@click.option("--steps", type=int, default=500, show_default=True, help="of distillation")
+@click.option("--texts", type=int, default=16, show_default=True, help="windows to fit on, a multiple of 8; half as many to judge on")
+@click.option("--seed", type=int, default=0, show_default=True, help="of windows and features")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="folder for the rows, e.g. results")
+def _estimators(checkpoint, names, **kw):
+    """How close every estimator comes to softmax on the queries and keys of a trained model.
+
+    \b
+    Example:
+      okadfa train --mixer softmax --credit bp --steps 300 --out runs/soft
+      okadfa benchmark estimators runs/soft
+    """
+    from okadfa.attention.estimators import ESTIMATORS
+    from okadfa.run.estimators import benchmark_estimators
+    benchmark_estimators(checkpoint, names=tuple(ESTIMATORS) if names is None else tuple(names.replace(",", " ").split()), say=click.echo, **kw)
+
 # %% ../../nbs/run/66_cli.ipynb #c000000e
 def size_options(f):
     "Decorator: one option for each key of `DEFAULTS`, absent unless given; --seq-len is the model's max_len"
