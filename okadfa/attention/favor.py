@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from ..core import InputError, seeded_generator
+from ..kernels.favor import exp_attention_triton, why_not_triton
 
 # %% ../../nbs/attention/10_favor.ipynb #c0000008
 def gaussian_directions(
@@ -306,6 +307,10 @@ def _by_hand(q, k, v, features, pad, chunk, local=False):
     segment = max(1, cells//(q.shape[0]*q.shape[1]*features.m*chunk))*chunk
     return _ByHand.apply(q, k, v, Wq, Wk, bias, weight, weight_q, chunk, segment)
 
+def _by_kernel(q, k, v, features, pad, cu_seqlens):
+    Wq, Wk, bias, weight = exponents(features, k, pad)
+    return exp_attention_triton(q, k, v, Wq, Wk, bias, weight, cu_seqlens)
+
 # %% ../../nbs/attention/10_favor.ipynb #c000001f
 def _check(q, k, v, features, causal, pad, cu_seqlens, local, chunk, impl):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -342,7 +347,13 @@ def favor_attention(
     _check(q, k, v, features, causal, key_padding_mask, cu_seqlens, local, chunk, impl)
     pad, options = key_padding_mask, dict(causal=causal, local=local, impl=impl, chunk=chunk)
     if q.shape[1] != k.shape[1]: k, v = (x.repeat_interleave(q.shape[1]//k.shape[1], 1) for x in (k, v))
-    if impl == "triton": raise NotImplementedError("impl='triton': there is no Triton kernel for favor_attention yet, use 'chunk'")
+    kernel = impl == "triton" or impl == "auto" and q.is_cuda          # Triton's interpreter only where it is asked for
+    if kernel:
+        exponential = causal and not local and isinstance(features, ExponentialFeatures)
+        why = why_not_triton(q) if exponential else "the kernels are for causal=True, local=False and ExponentialFeatures"
+        if why and impl == "triton": raise NotImplementedError(f"impl='triton' cannot run: {why}")
+        if not why and q.shape[2]:
+            with torch.autocast(q.device.type, enabled=False): return _by_kernel(q, k, v, features, pad, cu_seqlens)
     if cu_seqlens is not None:
         parts = [slice(int(a), int(b)) for a, b in zip(cu_seqlens, cu_seqlens[1:])]
         return torch.cat([favor_attention(*(x[:, :, p] for x in (q, k, v)), features, key_padding_mask=None if pad is None else pad[:, p], **options) for p in parts], 2)
