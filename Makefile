@@ -28,7 +28,7 @@ demo: $(READY)  ## train OKADFA beside its baseline on the embedded corpus, writ
 test: $(READY)  ## modules in sync, notebooks clean, every notebook cell, pytest
 	$(BIN)/python -m pytest -q tests/test_sync.py
 	@# one thread a worker: two workers with all the cores each spend most of their time waiting for one another
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
 
 docs: $(READY)  ## build the site with quarto, or check the processed notebooks statically
