@@ -38,7 +38,7 @@ class HyperbolicFeatures(FavorFeatures):
         self.projection.copy_(torch.cat([w, -w]))
 
 class TrigFeatures(nn.Module):
-    "Random Fourier features: unbiased, but signed (Rahimi & Recht 2007; Choromanski et al. 2021, eq. 6)"
+    "Random Fourier features: unbiased, but signed (Rahimi & Recht 2007; Choromanski et al. 2021)"
     def __init__(self,
         d:int,                # channels of a head
         m:int|None=None,      # number of features, half sines and half cosines; default 4*d
@@ -115,7 +115,7 @@ def balance(
 def width(
     rho:Tensor,      # mean of (x + y)^2 along a coordinate
 ) -> Tensor:         # sigma >= 1
-    "Standard deviation of the directions that minimises the mean log variance (Likhosherstov et al. 2022, eq. 13)"
+    "Standard deviation of the directions that minimises the mean log variance (Likhosherstov et al. 2022)"
     return ((3 + 2*rho + ((2*rho + 1)**2 + 8*rho).sqrt())/4).sqrt()
 
 # %% ../../nbs/attention/11_estimators.ipynb #c0000015
