@@ -33,6 +33,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'okadfa/attention/estimators.py'),
                                              'okadfa.attention.estimators.LearnedFeatures.log_weight': ( 'attention/estimators.html#learnedfeatures.log_weight',
                                                                                                          'okadfa/attention/estimators.py'),
+                                             'okadfa.attention.estimators.LearnedFeatures.start': ( 'attention/estimators.html#learnedfeatures.start',
+                                                                                                    'okadfa/attention/estimators.py'),
                                              'okadfa.attention.estimators.SpreadFeatures': ( 'attention/estimators.html#spreadfeatures',
                                                                                              'okadfa/attention/estimators.py'),
                                              'okadfa.attention.estimators.SpreadFeatures.__init__': ( 'attention/estimators.html#spreadfeatures.__init__',

@@ -34,6 +34,26 @@ def test_features_are_redrawn_on_time(corpus, tmp_path):
     model, _ = load_model(tmp_path/"a")
     assert [int(l.features.draws) for l in model.attention_layers()] == [2, 2]     # before steps 3 and 5
 
+def test_a_learnt_feature_map_learns_and_resumes(corpus, tmp_path, monkeypatch):
+    model = dataclasses.replace(MODEL, features="hedgehog", local=True, max_len=96)      # past the chunk that is exact
+    go(corpus, tmp_path/"a", model, weight_decay=0.1)
+    forward, seen = LanguageModel.forward, []
+    def dies(self, *args, **kw):
+        seen.extend([1]*self.training)
+        if len(seen) == 5: raise MemoryError("the machine went away")
+        return forward(self, *args, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(LanguageModel, "forward", dies)
+        with pytest.raises(MemoryError): go(corpus, tmp_path/"b", model, weight_decay=0.1)
+    go(corpus, tmp_path/"b", model, weight_decay=0.1, resume=True)
+    (a, _), (b, _), start = load_model(tmp_path/"a"), load_model(tmp_path/"b"), LanguageModel(model)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), start.parameters()):
+        assert torch.equal(p, q), name
+        if ".features." in name: assert not torch.equal(p, r), name
+    with pytest.raises(InputError, match="redraw_every"): go(corpus, tmp_path/"c", model, redraw_every=2)
+    with pytest.raises(InputError, match="features must be"): dataclasses.replace(MODEL, features="derf")
+    with pytest.raises(InputError, match="needs mixer='favor'"): dataclasses.replace(MODEL, features="hedgehog", mixer="softmax")
+
 def test_the_control_keeps_lower_blocks(corpus, tmp_path):
     frozen = dataclasses.replace(MODEL, credit="frozen")
     go(corpus, tmp_path/"a", frozen)
@@ -42,7 +62,8 @@ def test_the_control_keeps_lower_blocks(corpus, tmp_path):
     assert all(v for n, v in same.items() if n.startswith("blocks.0.")) and not any(v for n, v in same.items() if n.startswith("blocks.1.") and n.endswith("weight"))
 
 @pytest.mark.parametrize("kw", [dict(feedback="gaussian"), dict(feedback="gaussian", error_site="logits"), dict(rounds=1), dict(checkpoint=True),
-                                dict(embedding_credit="none"), dict(mixer="softmax"), dict(token_shift=False), dict(m=8)])
+                                dict(embedding_credit="none"), dict(mixer="softmax"), dict(token_shift=False), dict(m=8),
+                                dict(features="hedgehog"), dict(features="hedgehog", local=True, rounds=1), dict(features="sobol")])
 def test_every_choice_trains(corpus, tmp_path, kw):
     s = go(corpus, tmp_path/"a", dataclasses.replace(MODEL, **kw), steps=12)
     assert losses(tmp_path/"a")[-1] < losses(tmp_path/"a")[0] - 0.3 and 0 < s["grad_cosine"] <= 1

@@ -201,7 +201,8 @@ class FittedFeatures(ExponentialFeatures):
 
 # %% ../../nbs/attention/11_estimators.ipynb #c0000018
 class LearnedFeatures(ExponentialFeatures):
-    "Exponential features whose every number is a parameter, each head's own. `fit` starts from `FittedFeatures` and distils softmax"
+    """Exponential features whose every number is a parameter, each head's own. `fit` starts from `FittedFeatures` and distils softmax;
+    `start` gives FAVOR+'s, to be learnt with the model they are in"""
     def __init__(self,
         d:int,                   # channels of a head
         m:int|None=None,         # number of features, default 4*d
@@ -233,9 +234,21 @@ class LearnedFeatures(ExponentialFeatures):
         if steps: distill(self, q, k, steps, causal=causal, local=local, seed=self.seed, **kwargs)
         return self
 
+    def start(self,
+        heads:int,               # each gets directions of its own
+        local:bool=False,        # for attention that is exact near by; without it what depends on the query alone cancels, and is not learnt
+    ):                           # self
+        "FAVOR+'s features as parameters"
+        W = torch.stack([gaussian_directions(self.m, self.d, True, seeded_generator("learned", self.seed, h)) for h in range(heads)])*self.d**-0.25
+        M, b, c = torch.eye(self.d)*self.d**-0.25, torch.full((heads, self.m), -math.log(self.m)/2), torch.zeros(heads, self.d)
+        for side in "qk":
+            for name, x in (("W", W), ("b", b), ("c", c), ("M", M.expand(heads, -1, -1))): setattr(self, name + side, nn.Parameter(x.clone(), requires_grad=local or name + side not in ("cq", "Mq")))
+        return self
+
     def _load_from_state_dict(self, state, prefix, *args):
         for name, x in list(self._parameters.items()):             # their shapes are those of the fit
-            if prefix + name in state: setattr(self, name, nn.Parameter(torch.empty_like(state[prefix + name], device=x.device)))
+            if (new := state.get(prefix + name)) is not None and new.shape != x.shape:     # else an optimiser may hold them
+                setattr(self, name, nn.Parameter(torch.empty_like(new, device=x.device), requires_grad=x.requires_grad))
         super()._load_from_state_dict(state, prefix, *args)
 
     def affine(self, is_query:bool):
@@ -282,7 +295,7 @@ def distill(
         losses.append(loss.item()/q.shape[1])
     return losses
 
-# %% ../../nbs/attention/11_estimators.ipynb #c000001b
+# %% ../../nbs/attention/11_estimators.ipynb #c000001d
 def _spread(directions): return lambda d, m, seed: SpreadFeatures(d, m, directions=directions, seed=seed)
 def _plain(m, d, g): return gaussian_directions(m, d, True, g)
 

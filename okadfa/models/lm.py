@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import InputError, seeded_generator
 from ..dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices
 from ..dfa.hook import DFAHook
-from .block import Block, make_mixer
+from .block import MODEL_FEATURES, Block, make_mixer
 from .head import linear_cross_entropy
 
 # %% ../../nbs/models/51_lm.ipynb #c0000006
@@ -42,6 +42,7 @@ class LMConfig:
     embed_std:float = _opt(0.02, "initial standard deviation of the embedding's entries; they enter the stream times sqrt(d_model)")
     m:int|None = _opt(None, "random features a head, default 4 * d_model / n_heads")
     local:bool = _opt(False, "softmax's own attention weights inside chunks of 64 positions, features for what lies before (favor)")
+    features:str = _opt("favor+", f"feature map: {' | '.join(MODEL_FEATURES)} (starts as favor+ and learns with the model) (favor)")
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
@@ -51,6 +52,7 @@ class LMConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_len", "expand"):
             if getattr(self, name) < 1: raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.local and self.mixer != "favor": raise InputError(f"local=True needs mixer='favor', got {self.mixer!r}")
+        if self.features != "favor+" and self.mixer != "favor": raise InputError(f"features={self.features!r} needs mixer='favor', got {self.mixer!r}")
         if self.m is not None and self.m < 1: raise InputError(f"m must be at least 1, got {self.m}")
         if self.rounds < 0: raise InputError(f"rounds must be 0 or more, got {self.rounds}")
         if self.d_model % self.n_heads: raise InputError(f"d_model must be divisible by n_heads, got d_model={self.d_model} n_heads={self.n_heads}")
@@ -58,7 +60,7 @@ class LMConfig:
         if not 0 <= self.stages <= self.n_layers: raise InputError(f"stages must be from 0 to n_layers={self.n_layers}, got {self.stages}")
         if self.stages and self.granularity != "block": raise InputError("stages are groups of blocks: they need granularity='block'")
         if self.refresh < 1 or self.embed_std <= 0: raise InputError(f"need refresh >= 1 and embed_std > 0, got {self.refresh} and {self.embed_std}")
-        for name, known in dict(mixer=("favor", "softmax"), credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
+        for name, known in dict(mixer=("favor", "softmax"), features=MODEL_FEATURES, credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
                                 feedback=tuple(FEEDBACK_KINDS), granularity=("block", "micro", "full"), embedding_credit=("block", "direct", "none")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if self.credit != "dfa": return
@@ -88,7 +90,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l, local=c.local), c.d_model, c.expand, c.token_shift, c.checkpoint)
+        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l, local=c.local, features=c.features), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
         self.feedback = self.inner_feedback = None
@@ -105,7 +107,7 @@ class LanguageModel(nn.Module):
         "GPT-2's: std 0.02, the projections that write into the stream scaled down by the number of writes"
         g = seeded_generator("weights", self.config.seed)
         for name, p in self.named_parameters():
-            if p.ndim < 2: continue                  # LayerNorm starts at 1 and 0; biases are set below
+            if p.ndim < 2 or ".features." in name: continue      # LayerNorm starts at 1 and 0, a feature map as it is; biases are set below
             writes = name.endswith(("attend.body.out.weight", "feed.body.2.weight"))
             std = self.config.embed_std if name == "embed.weight" else 0.02/math.sqrt(2*self.config.n_layers) if writes else 0.02
             p.copy_(torch.randn(p.shape, generator=g)*std)

@@ -48,11 +48,14 @@ SWEEPS = dict(
     granularity={"2 stages": _DFA | dict(stages=2), "3 stages": _DFA | dict(stages=3)} | {g: _DFA | dict(granularity=g) for g in ("block", "micro", "full")},
     m={f"m={m}": ARMS["A5"] | dict(m=m) for m in (32, 64, 128, 256)},
     **{"lambda": {f"lambda={x:g}": ARMS["A5"] | dict(ortho=x) for x in (0., 1e-4, 1e-3, 1e-2)}},
+    estimators={"softmax": _BP, "favor+": ARMS["A1"], "favor+ local": ARMS["A1"] | dict(local=True), "hedgehog": ARMS["A1"] | dict(features="hedgehog"),
+                "hedgehog local": ARMS["A1"] | dict(features="hedgehog", local=True)},
     depth={f"{name}-{n}": rule | dict(n_layers=n) for n in (2, 4, 8) for name, rule in (("bp", _BP), ("identity", _DFA), ("frozen", _FROZEN))})
 
 TITLES = {"A0": "A0: softmax, BP", "A1": "A1: FAVOR+, BP", "A2": "A2: FAVOR+, BP, penalty", "A3": "A3: FAVOR+, full DFA", "A4": "A4: FAVOR+, full DFA, penalty",
           "A5": "A5: FAVOR+, hybrid DFA, penalty", "bp": "BP", "frozen": "frozen blocks", "random": "random feedback", "identity": "identity feedback",
           "calibrated": "calibrated feedback", "identity+half": "identity, half a round", "identity+1": "identity, 1 round", "identity+2": "identity, 2 rounds",
+          "softmax": "softmax", "favor+": "FAVOR+", "favor+ local": "FAVOR+, exact near by", "hedgehog": "learnt with the model", "hedgehog local": "learnt, exact near by",
           **{name: name.replace("-", ", ") + " blocks" for name in SWEEPS["depth"]}}
 
 # %% ../../nbs/run/65_ablate.ipynb #c000000b

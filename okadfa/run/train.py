@@ -67,15 +67,16 @@ def lr_factor(
 
 def make_optimizer(model:nn.Module, c:TrainConfig) -> torch.optim.AdamW:
     "AdamW with decay on matrices only"
-    ps = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([dict(params=[p for p in ps if p.ndim > 1], weight_decay=c.weight_decay),
-                              dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.)], lr=c.lr, betas=(0.9, c.beta2))
+    ps = [(p, p.ndim > 1 and ".features." not in name) for name, p in model.named_parameters() if p.requires_grad]     # a feature map has no business at 0
+    return torch.optim.AdamW([dict(params=[p for p, decays in ps if decays], weight_decay=c.weight_decay),
+                              dict(params=[p for p, decays in ps if not decays], weight_decay=0.)], lr=c.lr, betas=(0.9, c.beta2))
 
 # %% ../../nbs/run/61_train.ipynb #c000000b
 def gradient_groups(model:LanguageModel) -> dict[str, list[nn.Parameter]]:
     "Parameters compared together: the embedding with its tied head, each block, the final norm"
-    return dict(embed=list(model.embed.parameters()), **{f"block{l}": list(b.parameters()) for l, b in enumerate(model.blocks)},
-                norm=list(model.norm.parameters()))
+    modules = dict(embed=model.embed, **{f"block{l}": b for l, b in enumerate(model.blocks)}, norm=model.norm)
+    groups = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
+    return {name: ps for name, ps in groups.items() if ps}
 
 @torch.no_grad()
 def queries_and_keys(
@@ -228,6 +229,7 @@ def train(
     if seq_len > model_config.max_len: raise InputError(f"seq_len {seq_len} is longer than the model's max_len {model_config.max_len}")
     if model_config.vocab_size != corpus.tokenizer.vocab_size:
         raise InputError(f"vocab_size is {model_config.vocab_size}, but tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size}")
+    if c.redraw_every and model_config.features == "hedgehog": raise InputError("redraw_every draws random features anew, and hedgehog's are learnt: leave it 0")
     if wandb and find_spec("wandb") is None: raise InputError("logging to W&B needs its package: pip install wandb")
     facts = dict(model=dataclasses.asdict(model_config), train=dataclasses.asdict(c),
                  data={f"{k}_sha256": s.sha256 for k, s in corpus.splits.items()} | dict(tokenizer=corpus.tokenizer.fingerprint))
