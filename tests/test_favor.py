@@ -233,3 +233,11 @@ def test_wrong_width_is_one_line():
     with pytest.raises(InputError, match="made for d=16"): favor_attention(q, k, v, FavorFeatures(16))
     for d, m in ((0, 4), (4, 0)):
         with pytest.raises(InputError): FavorFeatures(d, m)
+
+def test_gradients_are_finite_where_nearly_all_weights_underflow():
+    f = FavorFeatures(16, 16)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = ((torch.randn(1, 2, 70, 16, generator=g)*s).requires_grad_() for s in (24, 24, 1))
+        favor_attention(q, k, v, f).sum().backward()
+        for x in (q, k, v): assert x.grad.isfinite().all()

@@ -247,6 +247,7 @@ class _ByHand(torch.autograd.Function):
         dq, dk, dv, dweight = (x.new_empty(x.shape) for x in (q, k, v, weight))
         dweight_q = torch.empty_like(weight_q) if local else None
         dWq, dWk, dbias = (torch.zeros_like(x) if need else None for x, need in zip((Wq, Wk, bias), ctx.needs_input_grad[3:6]))
+        total = total.clamp_min(torch.finfo(wide).tiny**0.86)                  # where all weights but underflow, a gradient that is too small and no overflow
         Z = torch.zeros_like(states[0])
         for (i, size, c), S, s in reversed(list(zip(_segments(n, ctx.chunk, ctx.segment), states[::2], states[1::2]))):
             sl, rows = slice(i, i + size), lambda y: y.view(b, h, size, -1)
@@ -441,7 +442,7 @@ class FavorState:
         self.v1[..., :-1] = v[..., None, :]
         self.S.addcmul_(fk[..., None], self.v1)
         num, total = (fq[..., None, :] @ self.S).squeeze(-2).split(self.sizes, -1)
-        return (num/total.clamp_min(1e-37)).to(v.dtype)              # zero only if every product underflows
+        return (num/total.clamp_min(torch.finfo(total.dtype).tiny)).to(v.dtype)   # zero only if every product underflows
 
     def _local_step(self, q, k, v):
         r, wide = (self.n - 1) % self.chunk, self.S.dtype
