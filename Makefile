@@ -41,6 +41,7 @@ bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	@# performer-pytorch is measured beside ours where it is installed: $(BIN)/pip install -e '.[bench]'
 	$(BIN)/okadfa benchmark attention --out results
 	$(BIN)/okadfa benchmark attention --n 65536 --what training --variants favor --out results
+	$(BIN)/okadfa benchmark spectral --out results
 
 SEEDS     ?= 0 1 2
 demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
@@ -67,10 +68,11 @@ ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows app
 # A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
 PYTHON ?= $(BIN)/python
 gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, rows appended to results/
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest tests/test_cuda.py tests/test_kernels_favor.py
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest tests/test_cuda.py tests/test_kernels_*.py
 	for t in float32 bfloat16; do PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark head --dtype $$t --out results || exit 1; done
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark memory --out results
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark attention --device cuda --dtype bfloat16 --n 2048,8192,32768 --out results
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark spectral --device cuda --what 'layer forward,layer training,model forward,model training' --n 512,1024,2048,4096,8192,16384 --out results
 	$(MAKE) wikitext OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli'
 
 figures: $(READY)  ## re-run the figure notebooks from results/

@@ -117,6 +117,22 @@ def test_bad_generation(capsys, tmp_path, args):
     save_model(LanguageModel(LMConfig(d_model=16, n_heads=2, max_len=32)), tmp_path/"m", tokenizer="bytes")
     refused(capsys, tmp_path, "generate", tmp_path/"m", *args, says="must be")
 
+def test_quantize(capsys, tmp_path, text):
+    run, small = tmp_path/"run", tmp_path/"small"
+    assert call(capsys, "train", "--out", run, "--data", text, *TINY, "--d-model", 64, "--mixer", "spectral+favor", "--steps", 3)[0] == 0
+    for args, says in ((["--out", run], "exists"), (["--out", small, "--bits", 40], "bits must be"), (["--out", small, "--split", "tests"], "split"), (["--out", small, "--data", "nowhere"], "nowhere")):
+        refused(capsys, tmp_path, "quantize", run, *args, says=says)
+    code, out, err = call(capsys, "quantize", run, "--out", small, "--results", tmp_path/"results")
+    assert code == 0, err
+    row = json.loads((tmp_path/"results"/"quantize.jsonl").read_text())
+    assert row["bytes_quantized"] == (small/"polar.safetensors").stat().st_size < row["bytes"]/2 and max(row["errors"].values()) < 0.03
+    got = json.loads(call(capsys, "evaluate", small, "--json")[1])["bits_per_byte"]
+    assert abs(got - row["bits_per_byte_quantized"]) < 1e-6 and 0 < abs(got - row["bits_per_byte"]) < 0.05      # another model, and hardly worse
+    assert call(capsys, "generate", small, "--prompt", "The ", "--tokens", 5)[0] == 0
+    data = (small/"polar.safetensors").read_bytes()
+    (small/"polar.safetensors").write_bytes(data[:-10])
+    assert "polar.safetensors" in refused(capsys, tmp_path, "evaluate", small, says="okadfa: ")
+
 def test_the_whole_way(capsys, tmp_path, text, bpe):
     "train from a YAML file with a BPE vocabulary, evaluate, generate"
     run, conf = tmp_path/"run", tmp_path/"c.yaml"

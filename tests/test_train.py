@@ -63,10 +63,19 @@ def test_the_control_keeps_lower_blocks(corpus, tmp_path):
 
 @pytest.mark.parametrize("kw", [dict(feedback="gaussian"), dict(feedback="gaussian", error_site="logits"), dict(rounds=1), dict(checkpoint=True),
                                 dict(embedding_credit="none"), dict(mixer="softmax"), dict(token_shift=False), dict(m=8),
-                                dict(features="hedgehog"), dict(features="hedgehog", local=True, rounds=1), dict(features="sobol")])
+                                dict(features="hedgehog"), dict(features="hedgehog", local=True, rounds=1), dict(features="sobol"),
+                                dict(mixer="spectral"), dict(mixer="spectral", credit="bp"), dict(mixer="spectral+softmax", rounds=1), dict(mixer="favor+spectral", local=True, half_round=True)])
 def test_every_choice_trains(corpus, tmp_path, kw):
     s = go(corpus, tmp_path/"a", dataclasses.replace(MODEL, **kw), steps=12)
-    assert losses(tmp_path/"a")[-1] < losses(tmp_path/"a")[0] - 0.3 and 0 < s["grad_cosine"] <= 1
+    assert losses(tmp_path/"a")[-1] < losses(tmp_path/"a")[0] - 0.3 and 0 < s["grad_cosine"] < 1 + 1e-9
+
+def test_a_hybrid_keeps_its_lower_blocks_frozen(corpus, tmp_path):
+    frozen = dataclasses.replace(MODEL, mixer="softmax+spectral", credit="frozen")
+    go(corpus, tmp_path/"a", frozen, ortho=1., ortho_warmup=0)                     # the only attention is in the block that must not learn
+    for (name, p), q in zip(LanguageModel(frozen).named_parameters(), load_model(tmp_path/"a")[0].parameters()):
+        if name.startswith("blocks.0."): assert torch.equal(p, q), name
+    with pytest.raises(InputError, match="mixer must be"): dataclasses.replace(MODEL, mixer="spectral+conv")
+    with pytest.raises(InputError, match="at least 3 blocks"): dataclasses.replace(MODEL, mixer="spectral+softmax+favor")
 
 def test_bf16(corpus, tmp_path):
     go(corpus, tmp_path/"a", precision="bf16"); go(corpus, tmp_path/"b")

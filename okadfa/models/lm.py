@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..core import InputError, seeded_generator
 from ..dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices
 from ..dfa.hook import DFAHook
-from .block import MODEL_FEATURES, Block, make_mixer
+from .block import MIXERS, MODEL_FEATURES, Block, make_mixer
+from ..spectral.enhancements import ENHANCEMENTS
 from .head import linear_cross_entropy
 
 # %% ../../nbs/models/51_lm.ipynb #c0000006
@@ -28,7 +29,7 @@ class LMConfig:
     n_layers:int = _opt(2, "number of blocks")
     n_heads:int = _opt(4, "attention heads; must divide d_model")
     max_len:int = _opt(256, "longest sequence in tokens")
-    mixer:str = _opt("favor", "sequence mixer: favor | softmax")
+    mixer:str = _opt("favor", f"sequence mixer: {' | '.join(MIXERS)}; two with a + between, such as spectral+softmax, take turns")
     credit:str = _opt("dfa", "credit rule between blocks: dfa | bp | frozen (only the last block and the head learn)")
     feedback:str = _opt("identity", f"feedback: {' | '.join(FEEDBACK_KINDS)}")
     granularity:str = _opt("block", "where errors arrive directly: block | micro (each branch) | full (each branch, and inside the MLP)")
@@ -43,6 +44,7 @@ class LMConfig:
     m:int|None = _opt(None, "random features a head, default 4 * d_model / n_heads")
     local:bool = _opt(False, "softmax's own attention weights inside chunks of 64 positions, features for what lies before (favor)")
     features:str = _opt("favor+", f"feature map: {' | '.join(MODEL_FEATURES)} (starts as favor+ and learns with the model) (favor)")
+    enhancements:str = _opt("", f"of a spectral mixer, joined by +: {', '.join(ENHANCEMENTS)} (spectral)")
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
@@ -51,8 +53,12 @@ class LMConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_len", "expand"):
             if getattr(self, name) < 1: raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.local and self.mixer != "favor": raise InputError(f"local=True needs mixer='favor', got {self.mixer!r}")
-        if self.features != "favor+" and self.mixer != "favor": raise InputError(f"features={self.features!r} needs mixer='favor', got {self.mixer!r}")
+        if unknown := set(self.mixer.split("+")) - set(MIXERS): raise InputError(f"mixer must be {' or '.join(MIXERS)}, or several joined by +, got {self.mixer!r}")
+        if len(self.mixer.split("+")) > self.n_layers: raise InputError(f"mixer {self.mixer!r} needs at least {len(self.mixer.split('+'))} blocks, got n_layers={self.n_layers}")
+        if self.local and "favor" not in self.mixer: raise InputError(f"local=True needs mixer='favor', got {self.mixer!r}")
+        if unknown := set(filter(None, self.enhancements.split("+"))) - set(ENHANCEMENTS): raise InputError(f"enhancements must be any of {', '.join(ENHANCEMENTS)}, joined by +, got {self.enhancements!r}")
+        if self.enhancements and "spectral" not in self.mixer: raise InputError(f"enhancements need mixer='spectral', got {self.mixer!r}")
+        if self.features != "favor+" and "favor" not in self.mixer: raise InputError(f"features={self.features!r} needs mixer='favor', got {self.mixer!r}")
         if self.m is not None and self.m < 1: raise InputError(f"m must be at least 1, got {self.m}")
         if self.rounds < 0: raise InputError(f"rounds must be 0 or more, got {self.rounds}")
         if self.d_model % self.n_heads: raise InputError(f"d_model must be divisible by n_heads, got d_model={self.d_model} n_heads={self.n_heads}")
@@ -60,7 +66,7 @@ class LMConfig:
         if not 0 <= self.stages <= self.n_layers: raise InputError(f"stages must be from 0 to n_layers={self.n_layers}, got {self.stages}")
         if self.stages and self.granularity != "block": raise InputError("stages are groups of blocks: they need granularity='block'")
         if self.refresh < 1 or self.embed_std <= 0: raise InputError(f"need refresh >= 1 and embed_std > 0, got {self.refresh} and {self.embed_std}")
-        for name, known in dict(mixer=("favor", "softmax"), features=MODEL_FEATURES, credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
+        for name, known in dict(features=MODEL_FEATURES, credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
                                 feedback=tuple(FEEDBACK_KINDS), granularity=("block", "micro", "full"), embedding_credit=("block", "direct", "none")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if self.credit != "dfa": return
@@ -71,6 +77,11 @@ class LMConfig:
             raise InputError("half_round needs feedback='identity', granularity='block', stages=0 and no checkpoint")
         if self.granularity == "full" and self.rounds: raise InputError("granularity='full' needs rounds=0: the MLP is cut, so its Jacobian is not there to be used")
         if self.granularity != "block" and self.checkpoint: raise InputError("checkpoint=True needs granularity='block': a block is recomputed as a whole")
+
+    def mixer_of(self, l:int) -> str:
+        "Mixer of block l"
+        names = self.mixer.split("+")
+        return names[l % len(names)]
 
 PRESETS = dict(tiny=dict(n_layers=2, d_model=256, n_heads=4, max_len=256), default=dict(n_layers=6, d_model=512, n_heads=8, max_len=512),
     **{"gpt2-small": dict(n_layers=12, d_model=768, n_heads=12, max_len=1024)})
@@ -90,7 +101,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer, c.d_model, c.n_heads, c.m, seed=c.seed*1000 + l, local=c.local, features=c.features), c.d_model, c.expand, c.token_shift, c.checkpoint)
+        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer_of(l), c.d_model, c.n_heads, c.m, c.seed*1000 + l, c.local, c.features, c.max_len, c.enhancements), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
         self.feedback = self.inner_feedback = None
@@ -106,21 +117,22 @@ class LanguageModel(nn.Module):
     def _init_weights(self):
         "GPT-2's: std 0.02, the projections that write into the stream scaled down by the number of writes"
         g = seeded_generator("weights", self.config.seed)
-        for name, p in self.named_parameters():
-            if p.ndim < 2 or ".features." in name: continue      # LayerNorm starts at 1 and 0, a feature map as it is; biases are set below
-            writes = name.endswith(("attend.body.out.weight", "feed.body.2.weight"))
-            std = self.config.embed_std if name == "embed.weight" else 0.02/math.sqrt(2*self.config.n_layers) if writes else 0.02
-            p.copy_(torch.randn(p.shape, generator=g)*std)
-        for m in self.modules():
-            if isinstance(m, nn.Linear) and m.bias is not None: m.bias.zero_()
+        for name, m in self.named_modules():
+            if not isinstance(m, (nn.Linear, nn.Embedding)): continue          # LayerNorm starts at 1 and 0; feature maps and filters know best
+            writes = name.endswith("feed.body.2") or ".attend.body." in name and name.endswith(".out")
+            std = self.config.embed_std if name == "embed" else 0.02/math.sqrt(2*self.config.n_layers) if writes else 0.02
+            m.weight.copy_(torch.randn(m.weight.shape, generator=g)*std)
+            if getattr(m, "bias", None) is not None: m.bias.zero_()
 
     def num_parameters(self) -> int:
         "Trainable parameters, the tied head counted once"
         return sum(p.numel() for p in self.parameters())
 
-    def attention_layers(self) -> list[nn.Module]:
+    def attention_layers(self,
+        blocks=None,            # of these blocks, default all
+    ) -> list[nn.Module]:
         "The mixers that have projection matrices, for the orthogonality penalty"
-        return [b.mixer for b in self.blocks if hasattr(b.mixer, "projection_matrices")]
+        return [b.mixer for b in (self.blocks if blocks is None else blocks) if hasattr(b.mixer, "projection_matrices")]
 
     def pieces(self) -> list:
         "What the credit rule cuts apart: the blocks, groups of them, or with granularity micro and full their branches"

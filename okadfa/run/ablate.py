@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'KINDS', 'SWEEPS', 'TITLES', 'DEFAULTS', 'QUICK', 'COLUMNS', 'run_key', 'Run', 'make_run', 'data_id',
            'read_runs', 'worst_block', 'collect', 'claim', 'reset_peak_memory', 'execute', 'Plan', 'plan_sweeps',
            'run_plan', 'status', 'gap_closed', 'summarise', 'cells', 'markdown', 'print_table', 'setting', 'select',
-           'equal_time']
+           'device_time', 'equal_time']
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000003
 import dataclasses, fcntl, gc, hashlib, json, math, shutil, statistics, time
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from ..core import InputError, append_row, read_rows
 from ..dfa.diagnostics import NonFiniteError
+from ..dfa import parallel
 from ..models.lm import LMConfig
+from ..spectral.enhancements import ENHANCEMENTS
 from .data import Corpus, TrainWindows, load_corpus
 from .demo import table
 from .train import TrainConfig, train
@@ -35,6 +37,7 @@ ARMS = dict(
 # %% ../../nbs/run/65_ablate.ipynb #c0000008
 _SOFTMAX = dict(mixer="softmax", ortho=0.)
 _BP, _FROZEN, _DFA = (_SOFTMAX | dict(credit=c) for c in ("bp", "frozen", "dfa"))
+_SPECTRAL = _BP | dict(mixer="spectral")
 KINDS = "identity", "gaussian", "uniform", "orthogonal", "shared", "kolen-pollack", "calibrated"
 
 SWEEPS = dict(
@@ -50,11 +53,16 @@ SWEEPS = dict(
     **{"lambda": {f"lambda={x:g}": ARMS["A5"] | dict(ortho=x) for x in (0., 1e-4, 1e-3, 1e-2)}},
     estimators={"softmax": _BP, "favor+": ARMS["A1"], "favor+ local": ARMS["A1"] | dict(local=True), "hedgehog": ARMS["A1"] | dict(features="hedgehog"),
                 "hedgehog local": ARMS["A1"] | dict(features="hedgehog", local=True)},
+    mixers={"softmax": _BP, "spectral": _BP | dict(mixer="spectral"), "hybrid": _BP | dict(mixer="spectral+softmax"),
+            "spectral dfa": _DFA | dict(mixer="spectral"), "hybrid dfa": _DFA | dict(mixer="spectral+softmax")},
+    enhancements={"plain": _SPECTRAL} | {f"only {e}": _SPECTRAL | dict(enhancements=e) for e in ENHANCEMENTS}
+                 | {f"without {e}": _SPECTRAL | dict(enhancements="+".join(x for x in ENHANCEMENTS if x != e)) for e in ENHANCEMENTS} | {"all": _SPECTRAL | dict(enhancements="+".join(ENHANCEMENTS))},
     depth={f"{name}-{n}": rule | dict(n_layers=n) for n in (2, 4, 8) for name, rule in (("bp", _BP), ("identity", _DFA), ("frozen", _FROZEN))})
 
 TITLES = {"A0": "A0: softmax, BP", "A1": "A1: FAVOR+, BP", "A2": "A2: FAVOR+, BP, penalty", "A3": "A3: FAVOR+, full DFA", "A4": "A4: FAVOR+, full DFA, penalty",
           "A5": "A5: FAVOR+, hybrid DFA, penalty", "bp": "BP", "frozen": "frozen blocks", "random": "random feedback", "identity": "identity feedback",
           "calibrated": "calibrated feedback", "identity+half": "identity, half a round", "identity+1": "identity, 1 round", "identity+2": "identity, 2 rounds",
+          "spectral": "spectral", "hybrid": "spectral and softmax in turn", "spectral dfa": "spectral, direct feedback", "hybrid dfa": "in turn, direct feedback",
           "softmax": "softmax", "favor+": "FAVOR+", "favor+ local": "FAVOR+, exact near by", "hedgehog": "learnt with the model", "hedgehog local": "learnt, exact near by",
           **{name: name.replace("-", ", ") + " blocks" for name in SWEEPS["depth"]}}
 
@@ -454,6 +462,21 @@ def select(
     return {n: dict(sorted(best[n].items())) for n in rules if n in best}
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000024
+def device_time(
+    row:dict,              # of `read_runs`
+    S:int,                 # devices, which share the blocks evenly
+    microbatches:int=1,    # a batch is cut into
+) -> float:                # time of a step, in the time of one device's forward pass
+    "What a step takes by the cost model of `okadfa.dfa.parallel.step_time`: forward 1, backward 2, no time for sending"
+    c, M, kw = row["model"], microbatches, dict(forward=1/S, backward=2/S)
+    if c["credit"] == "bp": time = min(parallel.step_time(S, M, rule, **kw) for rule in ("bp", "zb"))          # GPipe, or the split backward of zero bubble
+    elif c["credit"] == "frozen": time = parallel.step_time(S, M, "dfa", forward=1/S, backward=[0.]*(S - 1) + [2/c["n_layers"]])
+    else:
+        time = parallel.step_time(S, M, "dfa", rounds=c["rounds"], **kw)
+        if c["half_round"]: time += (parallel.step_time(S, M, "dfa", rounds=1, **kw) - time)*2/3               # the MLPs' share of a round's products
+        if c["feedback"] == "calibrated": time += parallel.step_time(S, M, "bp", forward=0., backward=1/S)/c["refresh"]    # the probe: one stage after the other
+    return time/M
+
 def equal_time(
     runs:dict[str, dict[int, dict]],    # rule -> seed -> row
     step_time:Callable,                 # step_time(row, devices) -> time of a step, in any unit

@@ -134,7 +134,7 @@ def print_summary(summary:dict, out:Path) -> None:
     table, v = Table(title=f"{out}, {summary['step']} steps", show_header=False), summary["valid"]
     for name, x in (("validation perplexity per token", f"{v['token_ppl']:,.1f}"), ("validation perplexity per word", f"{v['word_ppl']:,.1f}"),
                     ("validation bits per byte", f"{v['bits_per_byte']:.3f}"), ("GradCosine", f"{summary['grad_cosine']:.3f}"),
-                    ("AttnSim", f"{summary['attn_sim']:.3f}"), ("OrthoViolation, mean", f"{summary['violation_mean']:.3f}"),
+                    *[(name, f"{x:.3f}") for name, x in (("AttnSim", summary["attn_sim"]), ("OrthoViolation, mean", summary.get("violation_mean"))) if x is not None],
                     ("tokens/s", f"{summary['tokens_per_s']:,.0f}" if summary["tokens_per_s"] else "-"),
                     ("peak memory", f"{summary['peak_memory_bytes']/2**20:,.0f} MiB"), ("parameters", f"{summary['parameters']/1e6:.2f}M")):
         table.add_row(name, x)
@@ -172,6 +172,40 @@ def _evaluate(checkpoint, data, split, tokenizer, stride, batch_size, precision,
     if as_json: return click.echo(json.dumps(result))
     for k in ("token_ppl", "word_ppl", "bits_per_byte"): click.echo(f"{k:14} {result[k]:,.4f}")
     click.echo(f"{'tokens':14} {result['n_tokens']:,}")
+
+@cli.command("quantize")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--bits", type=float, default=12, show_default=True, help="of a pair of weights, which are 64 bits as they are")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder of the quantized checkpoint; must be new")
+@click.option("--data", default=None, help=DATA_HELP + "  [default: that of training]")
+@click.option("--split", default="valid", show_default=True, help="what both are judged on: train, valid or test")
+@click.option("--tokenizer", default=None, help="where the tokenizer is now, if it has moved since training")
+@click.option("--cache", type=click.Path(path_type=Path), help="folder for tokenised text")
+@click.option("--results", type=click.Path(path_type=Path), default=None, help="append the measured row to this folder's quantize.jsonl")
+def _quantize(checkpoint, bits, out, data, split, tokenizer, cache, results):
+    """Write CHECKPOINT (a run's folder) with polar weights of so many bits a pair, and show what that costs."""
+    from rich.console import Console
+    from rich.table import Table
+    from okadfa.core import append_row
+    from okadfa.models.hub import load_model, save_quantized
+    from okadfa.run.data import load_corpus
+    from okadfa.run.evaluate import evaluate as run
+    if out.exists(): raise InputError(f"{out} exists: choose another --out")
+    model, tok, info = _load(checkpoint, tokenizer)
+    corpus = load_corpus(data or info.get("data", "embedded"), tok, cache)
+    if split not in corpus.splits: raise InputError(f"the data has no {split!r} split, choose from {', '.join(corpus.splits)}")
+    weights = save_quantized(model, out, bits, **{k: v for k, v in info.items() if k != "model"})
+    judged = [run(m, corpus.splits[split], tok.bos_id, info.get("seq_len"))["bits_per_byte"] for m in (model, load_model(out, default_device())[0])]
+    errors = weights.errors.values()
+    if results: append_row(results/"quantize.jsonl", dict(kind="quantize", bits=bits, split=split, data=corpus.name, model=info["model"], step=info.get("step"),
+        bits_per_byte=judged[0], bits_per_byte_quantized=judged[1], bytes=weights.plain_bytes, bytes_quantized=weights.nbytes, errors=weights.errors))
+    table = Table(title=f"{out}, {bits:g} bits a pair of weights", show_header=True)
+    for name in ("", "before", "after"): table.add_column(name, justify="right" if name else "left")
+    table.add_row(f"bits per byte, {split}", *(f"{x:.4f}" for x in judged))
+    table.add_row("bytes on disk", f"{weights.plain_bytes:,}", f"{weights.nbytes:,}")
+    table.add_row("ratio", "1", f"{weights.ratio:.2f}")
+    table.add_row("error of a matrix, worst", "", f"{max(errors):.2%}")
+    Console().print(table)
 
 @cli.command("generate")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -325,6 +359,24 @@ def _attention(n, contexts, what, variants, **kw):
     def words(text): return tuple(text.replace(",", " ").split())
     print_attention(benchmark_attention(_numbers("n", n, int), what=words(what), variants=None if variants is None else words(variants),
                                         contexts=_numbers("contexts", contexts, int), say=click.echo, **kw))
+
+@_benchmark.command("spectral")
+@click.option("--n", default="512,2048,8192,16384", show_default=True, help="lengths, a list")
+@click.option("--d", type=int, default=512, show_default=True, help="width")
+@click.option("--heads", type=int, default=8, show_default=True, help="of attention")
+@click.option("--layers", type=int, default=2, show_default=True, help="blocks of the model")
+@click.option("--batch", type=int, default=1, show_default=True, help="texts at once")
+@click.option("--what", default="layer forward,layer training,model forward,model training,streaming", show_default=True, help="what to measure, a list with commas")
+@click.option("--variants", default="sdpa,naive,spectral", show_default=True, help="who takes part, a list")
+@click.option("--repeats", type=int, default=5, show_default=True, help="alternating rounds")
+@click.option("--threads", type=int, default=2, show_default=True, help="threads of the CPU")
+@click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="folder for the rows, e.g. results")
+def _spectral(n, what, variants, **kw):
+    """Spectral mixing beside fused and naive attention: a layer, a whole model, and one position at a time."""
+    from okadfa.run.spectral import benchmark_spectral, print_spectral
+    def parts(text): return tuple(x.strip() for x in text.split(",") if x.strip())
+    print_spectral(benchmark_spectral(_numbers("n", n, int), what=parts(what), variants=parts(variants), say=click.echo, **kw))
 
 @_benchmark.command("estimators")
 @click.argument("checkpoint", type=click.Path(path_type=Path))

@@ -67,9 +67,10 @@ def lr_factor(
 
 def make_optimizer(model:nn.Module, c:TrainConfig) -> torch.optim.AdamW:
     "AdamW with decay on matrices only"
-    ps = [(p, p.ndim > 1 and ".features." not in name) for name, p in model.named_parameters() if p.requires_grad]     # a feature map has no business at 0
-    return torch.optim.AdamW([dict(params=[p for p, decays in ps if decays], weight_decay=c.weight_decay),
-                              dict(params=[p for p, decays in ps if not decays], weight_decay=0.)], lr=c.lr, betas=(0.9, c.beta2))
+    ps = [p for p in model.parameters() if p.requires_grad]
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}        # filters and feature maps have no business at 0
+    return torch.optim.AdamW([dict(params=[p for p in ps if id(p) in matrices], weight_decay=c.weight_decay),
+                              dict(params=[p for p in ps if id(p) not in matrices], weight_decay=0.)], lr=c.lr, betas=(0.9, c.beta2))
 
 # %% ../../nbs/run/61_train.ipynb #c000000b
 def gradient_groups(model:LanguageModel) -> dict[str, list[nn.Parameter]]:
@@ -131,6 +132,10 @@ def diagnose(model:LanguageModel, ids, targets) -> dict:
     return out
 
 # %% ../../nbs/run/61_train.ipynb #c000000e
+def _mean_and_max(name:str, values:dict) -> dict:
+    "Of what was measured; nothing where nothing was, as in a model without attention"
+    return {f"{name}_mean": statistics.fmean(values.values()), f"{name}_max": max(values.values())} if values else {}
+
 def _flat(metrics:dict, prefix:str="") -> dict:
     "Nested metrics as one level of a/b/c names; what was not measured is left out"
     out = {}
@@ -267,9 +272,9 @@ def train(
     windows = TrainWindows(train_split, seq_len, c.steps*per_step, c.seed)
     loader = accelerator.prepare(DataLoader(Subset(windows, range(step*per_step, len(windows))), batch_size=c.batch_size))
     ids_d, targets_d = (x.to(device) for x in next(iter(eval_batches(valid, seq_len, corpus.tokenizer.bos_id, min(8, c.batch_size)))))
-    penalty = OrthogonalityLoss(weight=c.ortho, warmup_steps=c.ortho_warmup)
-    # The penalty must not train what the control keeps frozen
-    layers = bare.attention_layers()[-1 if model_config.credit == "frozen" else 0:]
+    # The penalty must not train what the control keeps frozen; a model without attention has nothing to penalise
+    layers = bare.attention_layers(bare.blocks[-1:] if model_config.credit == "frozen" else bare.blocks)
+    penalty = OrthogonalityLoss(weight=c.ortho, warmup_steps=c.ortho_warmup) if layers else lambda *_: (torch.zeros((), device=device), {})
 
     def save():
         part = out/"checkpoint.part"
@@ -306,7 +311,7 @@ def train(
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), c.clip)
                         metrics = check_finite(dict(loss=total, grad_norm=norm.item(), ortho_loss=ortho.item(), lr=schedule.get_last_lr()[0],
-                            violation_mean=statistics.fmean(violation.values()), violation_max=max(violation.values())), step + 1)
+                            **_mean_and_max("violation", violation)), step + 1)
                         optimizer.step(); schedule.step(); optimizer.zero_grad()
             step += 1
             rates.append(per_step*seq_len/(time.perf_counter() - start))
@@ -326,8 +331,7 @@ def train(
         accelerator.log(_flat(dict(valid=final)), step=step)
         found = found or diagnose(bare, ids_d, targets_d)
         summary = dict(step=step, valid=final, grad_cosine=found["grad"]["all"]["cosine"], grad_error=found["grad"]["all"]["error"],
-            attn_sim=statistics.fmean(found["attn_sim"].values()), violation_mean=statistics.fmean(found["violation"].values()),
-            violation_max=max(found["violation"].values()), tokens_per_s=statistics.median(rates) if rates else None,
+            attn_sim=_mean_and_max("attn_sim", found["attn_sim"]).get("attn_sim_mean"), **_mean_and_max("violation", found["violation"]), tokens_per_s=statistics.median(rates) if rates else None,
             peak_memory_bytes=peak_memory_bytes(), parameters=bare.num_parameters(), train_bytes=train_split.n_bytes,
             train_sha256=train_split.sha256, valid_sha256=valid.sha256, provenance=provenance())
         _write_json(out/"summary.json", summary)

@@ -1,0 +1,209 @@
+"""Multiplication by packed polar weights against its definition: on a CUDA device where there is one, else in Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so this file imports it with the variable set; if someone imported it
+before, the file runs in a process of its own."""
+import importlib.util, os, subprocess, sys
+import pytest, torch
+from conftest import ROOT, clean_env
+from okadfa.core import InputError, assert_rel
+from okadfa.kernels import polar
+from okadfa.kernels.polar import pack_codes, polar_matmul, polar_matmul_ref, polar_points, unpack_codes, why_not_triton
+
+CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
+
+def interpreted() -> bool:
+    "Import Triton as an interpreter, and leave the environment as it was"
+    with pytest.MonkeyPatch.context() as p:
+        p.setenv("TRITON_INTERPRET", "1")
+        return why_not_triton(torch.zeros(1, 1)) is None
+LATE = TRITON and not CUDA and not interpreted()
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if not CUDA: pytest.skip("needs a CUDA device")
+    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
+    else: monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest"); torch.manual_seed(0)
+    yield "cpu" if request.param == "interpreter" else "cuda"
+    torch.set_float32_matmul_precision(before)
+
+def problem(device, n=3, rows=5, cols=7, bits=8, group=4, phases=(32,)*8, dtype=torch.complex64):
+    codes = torch.randint(sum(phases), (rows, cols))
+    x = torch.randn(n, cols if dtype.is_complex else 2*cols, dtype=dtype if dtype.is_complex else torch.float32).to(dtype)
+    arrays = x, pack_codes(codes, bits), torch.rand(rows, -(-cols//group)) + .5, torch.rand(len(phases)) + .1
+    return [*(a.to(device) for a in arrays), phases], dict(bits=bits, group=group, cols=cols)
+
+def wide(a):
+    if not torch.is_tensor(a) or a.dtype == torch.int32: return a
+    return a.to(torch.complex128 if a.is_complex() else torch.float64)
+
+def check(args, how, tol=2e-6):
+    ref, got = polar_matmul_ref(*map(wide, args), **how), polar_matmul(*args, **how, impl="triton")
+    assert got.dtype == args[0].dtype and got.device == args[0].device
+    assert_rel("product", ref, wide(got), tol)
+    return got
+
+@pytest.mark.skipif(not LATE, reason="Triton interprets in this process, or a CUDA device is here")
+def test_in_a_process_of_its_own():
+    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"),
+                       capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout[-3000:]
+
+def test_packing():
+    for bits in range(1, 17):
+        for cols in (0, 1, 2, 31, 32, 65):
+            codes = torch.randint(1 << bits, (4, cols)); codes[0], codes[1] = (1 << bits) - 1, 0
+            words = pack_codes(codes, bits)
+            assert words.dtype == torch.int32 and words.shape == (4, -(-cols*bits//32)) and torch.equal(unpack_codes(words, bits, cols), codes)
+            alone = 0
+            for j, c in enumerate(codes[2].tolist()): alone |= c << j*bits                  # one large number, cut into words
+            assert [w & 0xffffffff for w in words[2].tolist()] == [alone >> 32*i & 0xffffffff for i in range(words.shape[1])]
+    for bad, bits in ((torch.tensor([[4]]), 2), (torch.tensor([[-1]]), 2), (torch.tensor([1]), 2), (torch.tensor([[1]]), 17), (torch.tensor([[1]]), 0)):
+        with pytest.raises(InputError): pack_codes(bad, bits)
+
+def test_the_reference_by_hand():
+    phases, radii = (1, 3, 4), torch.tensor([.1, 1., 2.])
+    points = torch.cat([r*torch.exp(2j*torch.pi*torch.arange(n)/n) for r, n in zip(radii, phases)])
+    codes, scales = torch.randint(8, (6, 11)), torch.rand(6, 3)
+    want = points[codes]*scales.repeat_interleave(4, 1)[:, :11]
+    got = polar_points(pack_codes(codes, 3), scales, radii, phases, bits=3, group=4, cols=11)
+    assert_rel("points", want, got, 1e-6)
+    x = torch.randn(2, 3, 11, dtype=torch.complex64)
+    assert_rel("complex", torch.einsum("abj,ij->abi", x, want), polar_matmul(x, pack_codes(codes, 3), scales, radii, phases, bits=3, group=4, cols=11), 1e-6)
+    xr = torch.randn(2, 22)
+    real = (xr[:, None, 0::2]*want.real + xr[:, None, 1::2]*want.imag).sum(-1)
+    assert_rel("pairs", real, polar_matmul(xr, pack_codes(codes, 3), scales, radii, phases, bits=3, group=4, cols=11, impl="ref"), 1e-6)
+
+BOOKS = {"8": (8, (32,)*8), "12": (12, (128,)*32), "16": (16, (1024,)*64), "5": (5, (8,)*4), "8 unequal": (8, (1, 6, 12, 18, 25, 32, 40, 48, 60)),
+         "12 unequal": (12, (13, 500, 1000, 2000)), "11 unused codes": (11, (3, 5)), "4 not a power of two": (4, (5, 5, 5)), "6 fewer levels": (6, (16,)*3), "3 unequal": (3, (2, 1, 3, 2))}
+@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32])
+def test_codebooks(device, book, dtype):
+    bits, phases = BOOKS[book]
+    check(*problem(device, 5, 33, 41, bits, 16, phases, dtype))
+
+@pytest.mark.parametrize("n,rows,cols,group", [(1, 1, 1, 1), (1, 64, 32, 32), (17, 65, 33, 7), (33, 3, 100, 1000), (70, 130, 31, 1), (64, 64, 64, 64)])
+def test_sizes(device, n, rows, cols, group):
+    for dtype in (torch.complex64, torch.float32): check(*problem(device, n, rows, cols, 12, group, (128,)*32, dtype))
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(device, dtype): check(*problem(device, 9, 40, 70, 12, 32, (128,)*32, dtype), tol=torch.finfo(dtype).eps)
+
+def test_tiles(device, monkeypatch):
+    args, how = problem(device, 40, 70, 90)
+    for o in (dict(BM=16, BN=16, BK=16), dict(BM=32, BN=128, BK=64), dict(P="tf32")):
+        for k, v in o.items(): monkeypatch.setitem(polar.OVERRIDE, k, v)
+        check(args, how, 2e-6 if device == "cpu" or "P" not in o else 2e-3)
+
+def test_layouts(device):
+    (x, *rest), how = problem(device, 6, 9, 20)
+    y = check([x, *rest], how)
+    for view in (x.T.contiguous().T, torch.stack([x, x], 1)[:, 0], x.conj().clone().conj()):
+        assert torch.equal(polar_matmul(view, *rest, **how, impl="triton"), y)
+    assert torch.equal(polar_matmul(x.view(2, 3, 20), *rest, **how, impl="triton"), y.view(2, 3, 9))
+    assert torch.equal(polar_matmul(x[0], *rest, **how, impl="triton"), y[0]) or device == "cuda"
+    assert polar_matmul(x[:0], *rest, **how, impl="triton").shape == (0, 9)
+    x[1:] = torch.nan                                                               # a row sees no other, whatever the tiles are
+    assert torch.equal(polar_matmul(x, *rest, **how, impl="triton")[0], y[0])
+
+def test_one_code_at_a_time(device):
+    "Every code of 8 bits, alone in a row of zeros of x: its own place, shift and sign"
+    phases = (1, 6, 12, 18, 25, 32, 40, 48, 60)
+    codes = torch.arange(sum(phases)).repeat(2)[None, :480]
+    args = [torch.eye(480, dtype=torch.complex64), pack_codes(codes, 8), torch.ones(1, 15), torch.rand(9) + .1, phases]
+    check([a.to(device) if torch.is_tensor(a) else a for a in args], dict(bits=8, group=32, cols=480), 1e-6)
+
+@pytest.mark.parametrize("method", ["unrestricted", "lloyd", "log"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_quantized_layers(device, method, pairs):
+    from okadfa.spectral.polar import PolarLinear, polar_quantize
+    w = torch.randn(20, 150) if pairs else torch.randn(20, 75, dtype=torch.complex64)
+    p = polar_quantize(w, 12, method=method, pairs=pairs, group=32)
+    layer, x = PolarLinear(p).to(device), torch.randn(4, w.shape[1], dtype=w.dtype, device=device)
+    assert_rel("layer", x @ p.dequantize(device).T, layer(x, impl="triton"), 1e-5)
+    assert_rel("layer", layer(x, impl="ref"), layer(x), 1e-5)
+
+@pytest.mark.skipif(CUDA or not TRITON, reason="the compiler's only check where there is no CUDA device")
+def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    "The kernel through Triton's compiler and ptxas for an H100, in its variants; shared memory must fit"
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from okadfa.kernels.polar import _launch, _triton, pack_codes
+class Absent:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+driver.set_active(Absent())
+compile, seen = JITFunction.run, []
+def run(self, *args, grid, warmup, **options):
+    kernel = compile(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
+    seen.append(self.fn.__name__)
+JITFunction.run = run
+_triton()
+for bits, phases, x in ((12, (13, 500, 1000, 2000), torch.zeros(70, 300, dtype=torch.complex64)), (8, (32,)*8, torch.zeros(1, 600, dtype=torch.bfloat16))):
+    words = pack_codes(torch.zeros(100, 300, dtype=torch.int64), bits)
+    _launch(x, words, torch.ones(100, 3), torch.ones(len(phases)), phases, bits, 128, 300)
+print(len(seen), *set(seen))
+"""
+    env = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
+    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert r.stdout.split() == ["2", "_polar_matmul"]
+
+def fresh(code, **env):
+    "Run code in a new process; its output"
+    base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"}
+    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    return r.stdout.strip()
+
+def test_importing_the_module_does_not_import_triton():
+    assert fresh("import sys, okadfa.kernels.polar; print('triton' in sys.modules)") == "False"
+
+@pytest.mark.skipif(CUDA or not TRITON, reason="a CUDA device is here, or Triton is not")
+def test_triton_that_came_too_early_is_named():
+    said = fresh("import os, triton, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
+                 "from okadfa.kernels.polar import why_not_triton; print(why_not_triton(torch.zeros(1, 1)))")
+    assert said == "triton was imported before TRITON_INTERPRET=1 was set: set it first"
+
+def test_a_forced_choice_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (x, *rest), how = problem("cpu")
+    def said(x):
+        with pytest.raises(NotImplementedError, match="^polar_matmul: ") as e: polar_matmul(x, *rest, **how, impl="triton")
+        assert "\n" not in str(e.value)
+        return str(e.value)
+    if TRITON: assert "x is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1" in said(x)
+    assert "complex128" in said(x.to(torch.complex128)) and "needs a gradient" in said(x.clone().requires_grad_())
+    with torch.no_grad(): assert why_not_triton(x.clone().requires_grad_()) == why_not_triton(x)
+    assert_rel("auto", polar_matmul_ref(x, *rest, **how), polar_matmul(x, *rest, **how), 0)          # auto on a CPU is the reference
+    y = x.clone().requires_grad_()
+    polar_matmul(y, *rest, **how).abs().sum().backward()
+    assert y.grad.isfinite().all() and y.grad.ne(0).all()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in said(x)
+
+@pytest.mark.parametrize("change,says", [
+    (dict(cols=6), "with 6 columns"), (dict(x=torch.randn(3, 7)), "with 7 columns"), (dict(x=torch.ones(3, 14).int()), "complex or floating"), (dict(x=torch.tensor(1j)), "with 7 columns"),
+    (dict(words=torch.zeros(5, 3, dtype=torch.int32)), "need words"), (dict(words=torch.zeros(5, 2)), "need words"), (dict(scales=torch.ones(5, 1)), "need words"), (dict(scales=torch.ones(4, 2)), "need words"),
+    (dict(radii=torch.ones(7)), "one radius a level"), (dict(phases=(32,)*7 + (33,)), "256 phases at most"), (dict(phases=(0,)*8), "at least one phase"), (dict(phases=()), "one radius"),
+    (dict(bits=0), "bits from 1 to 16"), (dict(bits=17), "bits from 1 to 16"), (dict(group=0), "group >= 1"), (dict(impl="fast"), "impl must be"), (dict(radii=torch.ones(8, device="meta")), "one device")])
+def test_what_does_not_fit_is_refused(change, says):
+    args, how = problem("cpu")
+    with pytest.raises(InputError, match=says) as e: polar_matmul(**(dict(zip(("x", "words", "scales", "radii", "phases"), args)) | how | change))
+    assert "\n" not in str(e.value)
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("n,rows,cols", [(1, 4096, 4096), (64, 1000, 3001), (3000, 2048, 512)])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32, torch.bfloat16])
+def test_large(n, rows, cols, dtype):
+    torch.manual_seed(0); torch.set_float32_matmul_precision("highest")
+    for bits, phases in ((12, (128,)*32), (12, (13, 500, 1000, 2000)), (16, (1024,)*64)):
+        check(*problem("cuda", n, rows, cols, bits, 256, phases, dtype), tol=5e-6 if dtype != torch.bfloat16 else 5e-3)
