@@ -7,7 +7,7 @@ __all__ = ['assert_rel', 'seed_everything', 'seeded_generator', 'default_device'
            'append_row', 'read_rows']
 
 # %% ../nbs/00_core.ipynb #c0000003
-import gc, hashlib, json, os, platform, random, subprocess
+import gc, hashlib, json, os, platform, random, signal, subprocess, threading
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,18 +57,31 @@ def default_device() -> torch.device:
 def gpu_context(
     device:str|torch.device|None=None,   # None: CUDA where there is one, else the CPU
 ):                                       # yields the `torch.device`
-    "Yield a device; on exit, error or interrupt end the processes started inside and free the device's memory"
+    "Yield a device; on exit, error, interrupt or SIGTERM end the processes started inside, wait for the device's streams and free its memory"
     import multiprocessing as mp
     device = default_device() if device is None else torch.device(device)
-    before = {p.pid for p in mp.active_children()}
+    before, owner = {p.pid for p in mp.active_children()}, os.getpid()
+    def stop(signum, frame):
+        if os.getpid() == owner: raise SystemExit(128 + signum)
+        signal.signal(signum, signal.SIG_DFL); os.kill(os.getpid(), signum)      # a forked worker just ends
+    # A handler that somebody else has set is left to them, and only the main thread may set one
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours: signal.signal(signal.SIGTERM, stop)
     try: yield device
     finally:
-        for p in mp.active_children():
-            if p.pid in before: continue
-            p.terminate(); p.join(timeout=5)
-            if p.is_alive(): p.kill(); p.join()
-        gc.collect()
-        if device.type == "cuda": torch.cuda.synchronize(device); torch.cuda.empty_cache()
+        try:
+            if ours: signal.signal(signal.SIGTERM, signal.SIG_IGN)               # a second one does not end the tidying
+            new = [p for p in mp.active_children() if p.pid not in before]
+            for p in new: p.terminate()
+            for p in new: p.join(timeout=5)
+            for p in new:
+                if p.is_alive(): p.kill(); p.join()
+            gc.collect()
+            if device.type == "cuda":
+                try: torch.cuda.synchronize(device)
+                finally: torch.cuda.empty_cache()
+        finally:
+            if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../nbs/00_core.ipynb #c0000013
 class InputError(ValueError):

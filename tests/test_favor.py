@@ -157,6 +157,20 @@ def test_half_precision_stays_finite_and_is_no_average(dtype, local):
     uniform = v.float().cumsum(2)/torch.arange(1, 1501)[:, None]
     assert F.cosine_similarity(out.float()[:, :, 100:], uniform[:, :, 100:], dim=-1).mean() < 0.5
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_after_65_536_positions(dtype):
+    q, k, v = (x.requires_grad_() for x in qkv(b=1, h=1, n=65_536, d=32, dtype=dtype, std=8.))
+    f = FavorFeatures(32)
+    out = favor_attention(q, k, v, f)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.float().square().mean(), (q, k, v), retain_graph=True))
+    with torch.no_grad():
+        assert out.isfinite().all()
+        for t in (0, 1, 1_000, 32_767, 65_535):          # the definition, one row at a time, in double precision
+            want = favor_attention_ref(*(x.double() for x in (q[:, :, t:t+1], k[:, :, :t+1], v[:, :, :t+1])), f, causal=False)
+            assert_rel(f"{t=}", want, out[:, :, t:t+1].double(), 5e-2)
+        uniform = v.float().cumsum(2)/torch.arange(1, 65_537)[:, None]
+        assert F.cosine_similarity(out.float()[:, :, 100:], uniform[:, :, 100:], dim=-1).mean() < 0.5
+
 def test_autocast_does_not_reach_the_sums():
     q, k, v = qkv(n=300, d=16, dtype=torch.float32)
     f = FavorFeatures(16)

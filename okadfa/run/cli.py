@@ -378,6 +378,18 @@ def _spectral(n, what, variants, **kw):
     def parts(text): return tuple(x.strip() for x in text.split(",") if x.strip())
     print_spectral(benchmark_spectral(_numbers("n", n, int), what=parts(what), variants=parts(variants), say=click.echo, **kw))
 
+@_benchmark.command("compression")
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--data", default="embedded", show_default=True, help=DATA_HELP)
+@click.option("--split", default="test", show_default=True, help="what is compressed: valid or test")
+@click.option("--tokenizer", default=None, help="where the checkpoint's tokenizer is now, if it has moved since training")
+@click.option("--stride", type=int, default=None, help="tokens by which the model's windows advance; smaller gives more context  [default: the window]")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="folder for the rows, e.g. results")
+def _compression(checkpoint, **kw):
+    """gzip, bzip2, xz, PPMd and CHECKPOINT (a run's folder) on one text, alone and given the training text."""
+    from okadfa.run.compression import benchmark_compression
+    benchmark_compression(checkpoint=checkpoint, say=click.echo, **kw)
+
 @_benchmark.command("estimators")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", default="embedded", show_default=True, help="text: embedded, a folder with train.txt and valid.txt, wikitext-2 or wikitext-103")
