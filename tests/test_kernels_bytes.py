@@ -256,7 +256,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from okadfa.kernels.bytes import _ByteEmbed, _triton
+from okadfa.kernels.bytes import _ByteEmbed, _jit
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return 0
@@ -268,7 +268,7 @@ def run(self, *args, grid, warmup, **options):
     assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
     seen.append(self.fn.__name__)
 JITFunction.run = run
-_triton()
+_jit.load()
 for dtype, ids, shift in ((torch.float32, torch.uint8, True), (torch.bfloat16, torch.int64, True), (torch.float16, torch.int16, False)):
     _ByteEmbed.apply(torch.zeros(2, 100, dtype=ids), torch.zeros(257, 384, dtype=dtype, requires_grad=True), 2., shift).sum().backward()
 print(*sorted(set(seen)), len(seen))

@@ -281,7 +281,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from okadfa.kernels.favor import _ExpAttention, _triton
+from okadfa.kernels.favor import _ExpAttention, _jit
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return 0
@@ -293,7 +293,7 @@ def run(self, *args, grid, warmup, **options):
     assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
     seen.add(self.fn.__name__)
 JITFunction.run = run
-_triton()
+_jit.load()
 q, k, v = torch.zeros(3, 1, 100, 2, 64, dtype=torch.bfloat16).transpose(2, 3).requires_grad_()
 W, bias = torch.zeros(2, 128, 64, requires_grad=True), torch.zeros(2, 128)
 _ExpAttention.apply(q, k, v, W, W, bias, torch.zeros(1, 2, 100), None).sum().backward()

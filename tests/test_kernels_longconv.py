@@ -151,7 +151,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from okadfa.kernels.longconv import _GatedConv, _triton
+from okadfa.kernels.longconv import _GatedConv, _jit
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return 0
@@ -163,7 +163,7 @@ def run(self, *args, grid, warmup, **options):
     assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
     seen.append(self.fn.__name__)
 JITFunction.run = run
-_triton()
+_jit.load()
 u, g = (torch.zeros(2, 64, 300, dtype=torch.{dtype}).mT.requires_grad_() for _ in range(2))
 h = torch.zeros(200, 64, requires_grad=True)
 _GatedConv.apply(u, h, g).sum().backward()

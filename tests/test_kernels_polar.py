@@ -133,7 +133,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from okadfa.kernels.polar import _launch, _triton, pack_codes
+from okadfa.kernels.polar import _launch, _jit, pack_codes
 class Absent:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return 0
@@ -145,7 +145,7 @@ def run(self, *args, grid, warmup, **options):
     assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
     seen.append(self.fn.__name__)
 JITFunction.run = run
-_triton()
+_jit.load()
 for bits, phases, x in ((12, (13, 500, 1000, 2000), torch.zeros(70, 300, dtype=torch.complex64)), (8, (32,)*8, torch.zeros(1, 600, dtype=torch.bfloat16))):
     words = pack_codes(torch.zeros(100, 300, dtype=torch.int64), bits)
     _launch(x, words, torch.ones(100, 3), torch.ones(len(phases)), phases, bits, 128, 300)

@@ -6,13 +6,12 @@
 __all__ = ['WHOLE', 'constexpr', 'BLOCKS', 'STRETCH', 'STRETCHES', 'byte_embed_ref', 'why_not_byte_embed', 'byte_embed']
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000003
-import functools, math
+import math
 from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import InputError
-from .favor import why_not_triton
+from ..core import InputError, LazyTriton
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000008
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16)
@@ -43,22 +42,8 @@ def byte_embed_ref(
     return x.to(table.dtype)
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c000000b
-constexpr = "constexpr"   # how Triton spells the annotation; `_triton` puts the type itself here
-_marked = []
-
-def _jit(f):
-    "Mark a function as a kernel, or a part of one"
-    _marked.append(f.__name__)
-    return f
-
-@functools.cache
-def _triton():
-    "Import Triton and hand it the marked functions, once"
-    global tl, constexpr, INTERPRETED
-    import triton, triton.language as tl
-    constexpr, INTERPRETED = tl.constexpr, tl.constexpr(bool(triton.knobs.runtime.interpret))
-    for name in _marked: globals()[name] = triton.jit(globals()[name])
-    return triton
+constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
+_jit = LazyTriton(globals())
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c000000d
 @_jit
@@ -144,8 +129,8 @@ def why_not_byte_embed(
     table:Tensor,      # [v d]
 ) -> str|None:         # None where the kernels can run
     "One line that says why the kernels cannot run for tables like this"
-    why = why_not_triton(table[:1, :1])                 # the same machine, the same types; the width is no obstacle here
-    return why and why.replace("exp_attention_ref", "byte_embed_ref").replace("q is on", "the table is on")
+    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"{table.dtype}: the kernels compute in float32, use byte_embed_ref"
+    return _jit.why_not(table.device, "the table", "byte_embed_ref")
 
 def byte_embed(
     ids:Tensor,               # [b n]: uint8 (raw bytes), or any integers, in [0, v)
@@ -164,5 +149,5 @@ def byte_embed(
     if why and impl == "triton": raise NotImplementedError(f"impl='triton' cannot run: {why}")
     if why or not ids.numel() or not table.numel(): return byte_embed_ref(ids, table, scale, shift)
     ids, scale = _prepare(ids, table, scale, check)
-    _triton()
+    _jit.load()
     return _ByteEmbed.apply(ids.contiguous(), table.contiguous(), scale, bool(shift))

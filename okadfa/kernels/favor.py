@@ -7,12 +7,12 @@ __all__ = ['NEVER', 'START', 'constexpr', 'OVERRIDE', 'SCAN', 'exp_attention_ref
            'exp_attention_triton']
 
 # %% ../../nbs/kernels/40_favor.ipynb #c0000003
-import functools, importlib.util, os
+import functools
 from contextlib import nullcontext
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from ..core import InputError
+from ..core import InputError, LazyTriton
 
 # %% ../../nbs/kernels/40_favor.ipynb #c000000a
 NEVER = -1e30   # log weight of a key that nobody sees; finite, so that differences stay defined
@@ -42,22 +42,8 @@ def exp_attention_ref(
         return (P @ v.to(wide)).to(v.dtype)
 
 # %% ../../nbs/kernels/40_favor.ipynb #c000000e
-constexpr = "constexpr"   # how Triton spells the annotation; `_triton` puts the type itself here
-_marked = []
-
-def _jit(f):
-    "Mark a function as a kernel, or a part of one"
-    _marked.append(f.__name__)
-    return f
-
-@functools.cache
-def _triton():
-    "Import Triton and hand it the marked functions, once"
-    global tl, constexpr, INTERPRETED
-    import triton, triton.language as tl
-    constexpr, INTERPRETED = tl.constexpr, tl.constexpr(bool(triton.knobs.runtime.interpret))
-    for name in _marked: globals()[name] = triton.jit(globals()[name])
-    return triton
+constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
+_jit = LazyTriton(globals())
 
 # %% ../../nbs/kernels/40_favor.ipynb #c0000010
 @_jit
@@ -413,16 +399,7 @@ def why_not_triton(
     "One line that says why the kernels cannot run for tensors like `q`"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"{q.dtype}: the kernels compute in float32, use exp_attention_ref"
     if q.shape[-1] > 256: return f"{q.shape[-1]} channels a head: the kernels hold whole rows on the chip, 256 channels at most"
-    if importlib.util.find_spec("triton") is None: return "triton is not installed: pip install triton, or use exp_attention_ref"
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or later"
-    if q.device.type != "cpu": return f"q is on {q.device}: move it to a CUDA device"
-    if not os.environ.get("TRITON_INTERPRET"): return "q is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1 to check on the CPU"
-    from triton.language import sum     # Triton interprets its own functions only if it was told to before it was imported
-    if type(sum).__name__ != "InterpretedFunction" or (_triton() and not INTERPRETED.value):
-        return "triton was imported before TRITON_INTERPRET=1 was set: set it first"
-    return None
+    return _jit.why_not(q.device, "q", "exp_attention_ref")
 
 def _check(q, k, v, Wq, Wk, bias, weight, cu):
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
@@ -459,5 +436,5 @@ def exp_attention_triton(
     dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype: q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    _triton()
+    _jit.load()
     return _ExpAttention.apply(q, k, v, Wq.contiguous(), Wk.contiguous(), bias, weight.contiguous(), cu).to(dtype)

@@ -6,12 +6,11 @@
 __all__ = ['constexpr', 'OVERRIDE', 'gated_conv_ref', 'tuning', 'why_not_triton', 'gated_conv']
 
 # %% ../../nbs/kernels/41_longconv.ipynb #c0000003
-import functools, importlib.util, os
 from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import InputError
+from ..core import InputError, LazyTriton
 
 # %% ../../nbs/kernels/41_longconv.ipynb #c0000006
 def gated_conv_ref(
@@ -27,22 +26,8 @@ def gated_conv_ref(
         return (y if gate is None else y*gate.to(wide)).to(u.dtype)
 
 # %% ../../nbs/kernels/41_longconv.ipynb #c000000f
-constexpr = "constexpr"   # how Triton spells the annotation; `_triton` puts the type itself here
-_marked = []
-
-def _jit(f):
-    "Mark a function as a kernel, or a part of one"
-    _marked.append(f.__name__)
-    return f
-
-@functools.cache
-def _triton():
-    "Import Triton and hand it the marked functions, once"
-    global tl, constexpr, INTERPRETED
-    import triton, triton.language as tl
-    constexpr, INTERPRETED = tl.constexpr, tl.constexpr(bool(triton.knobs.runtime.interpret))
-    for name in _marked: globals()[name] = triton.jit(globals()[name])
-    return triton
+constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
+_jit = LazyTriton(globals())
 
 # %% ../../nbs/kernels/41_longconv.ipynb #c0000010
 @_jit
@@ -151,16 +136,7 @@ def why_not_triton(
 ) -> str|None:     # None where the kernels can run for tensors like u
     "One line that says why the kernels cannot run for tensors like `u`"
     if u.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"{u.dtype}: the kernels compute in float32, use impl='ref'"
-    if importlib.util.find_spec("triton") is None: return "triton is not installed: pip install triton, or use impl='ref'"
-    if u.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(u.device)
-        return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or later"
-    if u.device.type != "cpu": return f"u is on {u.device}: move it to a CUDA device"
-    if not os.environ.get("TRITON_INTERPRET"): return "u is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1 to check on the CPU"
-    from triton.language import sum     # Triton interprets its own functions only if it was told to before it was imported
-    if type(sum).__name__ != "InterpretedFunction" or (_triton() and not INTERPRETED.value):
-        return "triton was imported before TRITON_INTERPRET=1 was set: set it first"
-    return None
+    return _jit.why_not(u.device, "u", "impl='ref'")
 
 def gated_conv(
     u:Tensor,               # [b n d]; is copied unless positions lie side by side in memory, as in x.mT of rows [b d n]
@@ -179,5 +155,5 @@ def gated_conv(
     why = why_not_triton(u) or why_not_triton(taps) or (None if gate is None else why_not_triton(gate))
     if why: raise NotImplementedError(f"gated_conv: {why}")
     if not u.numel() or not len(taps): return gated_conv_ref(u, taps, gate)
-    _triton()
+    _jit.load()
     return _GatedConv.apply(_rows(u), taps[:u.shape[1]], _rows(gate))

@@ -7,11 +7,11 @@ __all__ = ['constexpr', 'OVERRIDE', 'pack_codes', 'unpack_codes', 'polar_points'
            'polar_matmul']
 
 # %% ../../nbs/kernels/42_polar.ipynb #c0000003
-import functools, importlib.util, math, os
+import functools, math
 from contextlib import nullcontext
 import torch
 from torch import Tensor
-from ..core import InputError
+from ..core import InputError, LazyTriton
 
 # %% ../../nbs/kernels/42_polar.ipynb #c0000006
 def pack_codes(
@@ -93,22 +93,8 @@ def _check(x, words, scales, radii, phases, bits, group, cols):
         raise InputError("x, words, scales and radii must be on one device, got " + ", ".join(str(a.device) for a in (x, words, scales, radii)))
 
 # %% ../../nbs/kernels/42_polar.ipynb #c0000011
-constexpr = "constexpr"   # how Triton spells the annotation; `_triton` puts the type itself here
-_marked = []
-
-def _jit(f):
-    "Mark a function as a kernel, or a part of one"
-    _marked.append(f.__name__)
-    return f
-
-@functools.cache
-def _triton():
-    "Import Triton and hand it the marked functions, once"
-    global tl, constexpr, INTERPRETED
-    import triton, triton.language as tl
-    constexpr, INTERPRETED = tl.constexpr, tl.constexpr(bool(triton.knobs.runtime.interpret))
-    for name in _marked: globals()[name] = triton.jit(globals()[name])
-    return triton
+constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
+_jit = LazyTriton(globals())
 
 # %% ../../nbs/kernels/42_polar.ipynb #c0000013
 @_jit
@@ -166,16 +152,7 @@ def why_not_triton(
     if x.dtype not in (torch.complex64, torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype}: the kernel computes in float32, use impl='ref'"
     if x.requires_grad and torch.is_grad_enabled(): return "x needs a gradient, which the kernel does not have: use impl='ref', or torch.no_grad()"
-    if importlib.util.find_spec("triton") is None: return "triton is not installed: pip install triton, or use impl='ref'"
-    if x.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return None if major >= 8 else f"compute capability {major}.{minor}: the kernel needs 8.0 (Ampere) or later"
-    if x.device.type != "cpu": return f"x is on {x.device}: move it to a CUDA device"
-    if not os.environ.get("TRITON_INTERPRET"): return "x is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1 to check on the CPU"
-    from triton.language import sum     # Triton interprets its own functions only if it was told to before it was imported
-    if type(sum).__name__ != "InterpretedFunction" or (_triton() and not INTERPRETED.value):
-        return "triton was imported before TRITON_INTERPRET=1 was set: set it first"
-    return None
+    return _jit.why_not(x.device, "x", "impl='ref'")
 
 OVERRIDE = {}   # launch options for tests and tuning: BM, BN, BK, P
 
@@ -189,7 +166,7 @@ def _tables(phases, bits, device):
     return count.int().to(device), (count.cumsum(0) - count).int().to(device), levels.short().to(device), shift
 
 def _launch(x, words, scales, radii, phases, bits, group, cols):
-    _triton()
+    _jit.load()
     count, first, levels, shift = _tables(tuple(phases), bits, x.device)
     lines = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1, 2*cols).contiguous()
     n, rows = len(lines), len(words)
