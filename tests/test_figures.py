@@ -26,7 +26,7 @@ def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
 
-@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention"])
+@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention", "spectral", "compression"])
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows
