@@ -6,6 +6,8 @@ from okadfa.core import gpu_context
 SCRIPT = """
 import multiprocessing as mp, os, signal, sys, time
 from okadfa.core import gpu_context
+# as in a terminal: what a shell starts in the background may have been told to ignore both
+signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGTERM, signal.SIG_DFL)
 def stubborn():
     signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)
     time.sleep(600)
