@@ -3,7 +3,7 @@ import contextlib, dataclasses, io, os, signal, subprocess, sys, time
 import pytest, torch
 from okadfa.core import append_row
 from okadfa.models.lm import LanguageModel
-from okadfa.run.ablate import ARMS, DEFAULTS, QUICK, SWEEPS, execute, gap_closed, make_run, plan_sweeps, read_runs, run_key, run_plan, worst_block
+from okadfa.run.ablate import ARMS, DEFAULTS, QUICK, SWEEPS, execute, gap_closed, make_run, plan_sweeps, read_runs, run_key, run_plan, summarise, worst_block
 from okadfa.run.cli import main
 
 TINY = dict(d_model=16, n_layers=3, n_heads=2, max_len=32, steps=6, batch_size=2, warmup=1, diag_every=2, precision="fp32", lr=1e-2)
@@ -40,6 +40,24 @@ def test_a_killed_sweep_continues_and_two_processes_share_one(text, tmp_path):
         assert r["steps"] == 60 and r["loss"][-1][0] == 60 and [t for t, _ in r["alignment"]["block0"]] == list(range(0, 61, 10))
     again = subprocess.run(**command(text, tmp_path, *args))
     assert again.returncode == 0 and len(keys(tmp_path)) == 4 and "identity, 1 round" in again.stdout
+
+def test_judged_on_the_test_split(text, tmp_path):
+    "Another key, another number, and nothing chosen by it"
+    other = tmp_path/"text"; other.mkdir()
+    for s in ("train", "valid"): (other/f"{s}.txt").write_bytes((text/f"{s}.txt").read_bytes())
+    (other/"test.txt").write_bytes(bytes(range(256))*8)                   # nothing that training text helps with
+    plans = {split: plan_sweeps(["rules"], ["bp"], (0,), size=TINY | dict(steps=20), data=other, split=split) for split in ("valid", "test")}
+    assert plans["valid"][0].todo({})[0].key != plans["test"][0].todo({})[0].key
+    for plan, corpus in plans.values(): run_plan(plan, corpus, tmp_path/"results", tmp_path/"runs", say=lambda line: None)
+    rows = {r["split"]: r for r in read_runs(tmp_path/"results")}
+    assert [r["key"] for r in rows.values()] == [plans[s][0].todo({})[0].key for s in rows]
+    assert rows["test"]["bits_per_byte"] > rows["valid"]["bits_per_byte"] + .5 and rows["test"]["loss"] == rows["valid"]["loss"]
+    assert summarise(plans["test"][0].found("rules", {r["key"]: r for r in rows.values()}))["bp"]["bits_per_byte"][0] == rows["test"]["bits_per_byte"]
+    tuned, _ = plan_sweeps(["rules"], ["bp"], (0,), (1e-3, 1e-2), 4, TINY, other, split="test")
+    assert {r.split for r in tuned.trials("rules", "bp")} == {"valid"} and {r.split for r in tuned.finals("rules", "bp", {t.key: dict(nats=1.) for t in tuned.trials("rules", "bp")})} == {"test"}
+    (other/"test.txt").unlink()
+    code, said = in_process(other, tmp_path/"refused", ["--split", "test"])
+    assert code == 2 and "no test split" in said
 
 def test_a_run_without_a_checkpoint_starts_afresh(text, tmp_path):
     plan, corpus = plan_sweeps(["rules"], ["bp"], (0,), size=TINY, data=text)
@@ -92,7 +110,7 @@ def in_process(text, where, args):
 @pytest.mark.parametrize("args, word", [
     (["armz"], "unknown sweep"), (["rules", "--only", "nobody"], "no rule"), (["--seeds", "a"], "seeds"), (["--seeds", ""], "seeds"), (["--lrs", "1e-3"], "two rates"),
     (["--lrs", "1e-3,x"], "lrs"), (["--quick", "--steps", "5"], "--quick"), (["rules", "--quick"], "--quick"), (["--steps", "0"], "steps"), (["--max-runs", "0"], "max-runs"),
-    (["--preset", "huge"], "unknown preset"), (["--n-heads", "5"], "divisible"), (["--stpes", "5"], "No such option"), (["--seeds", "-1"], "seeds")])
+    (["--preset", "huge"], "unknown preset"), (["--n-heads", "5"], "divisible"), (["--split", "train"], "split"), (["--gating", "triple"], "gating"), (["--stpes", "5"], "No such option"), (["--seeds", "-1"], "seeds")])
 def test_refusals_write_nothing(text, tmp_path, args, word):
     code, said = in_process(text, tmp_path, args)
     assert code == 2 and word in said and said.count("\n") == 1, said

@@ -30,6 +30,7 @@ def make_mixer(
     features:str="favor+",   # of `MODEL_FEATURES` (favor)
     max_len:int=1024,    # longest text (spectral)
     enhancements:str="", # see `EnhancedMixing` (spectral)
+    gating:str="double", # see `SpectralMixing` (spectral)
 ) -> nn.Module:          # [b n d] -> [b n d], causal
     "The sequence mixer of a block. Raises `InputError` for an unknown name"
     if name == "softmax": return MultiHeadAttention(d_model, n_heads)
@@ -37,7 +38,7 @@ def make_mixer(
         if features not in MODEL_FEATURES: raise InputError(f"features must be {' or '.join(MODEL_FEATURES)} in a model, got {features!r}")
         f = make_features(features, d_model//n_heads, m, seed=seed)
         return KernelAttention(d_model, n_heads, features=f.start(n_heads, local) if features == "hedgehog" else f, local=local)
-    if name == "spectral": return EnhancedMixing(d_model, max_len, enhancements, seed=seed) if enhancements else SpectralMixing(d_model, max_len, seed=seed)
+    if name == "spectral": return EnhancedMixing(d_model, max_len, enhancements, seed=seed, gating=gating) if enhancements else SpectralMixing(d_model, max_len, gating=gating, seed=seed)
     raise InputError(f"mixer must be {' or '.join(MIXERS)}, got {name!r}")
 
 # %% ../../nbs/models/50_block.ipynb #c0000008

@@ -16,6 +16,7 @@ from ..dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices
 from ..dfa.hook import DFAHook
 from .block import MIXERS, MODEL_FEATURES, Block, make_mixer
 from ..spectral.enhancements import ENHANCEMENTS
+from ..spectral.mixing import GATINGS
 from .head import linear_cross_entropy
 
 # %% ../../nbs/models/51_lm.ipynb #c0000006
@@ -45,6 +46,7 @@ class LMConfig:
     local:bool = _opt(False, "softmax's own attention weights inside chunks of 64 positions, features for what lies before (favor)")
     features:str = _opt("favor+", f"feature map: {' | '.join(MODEL_FEATURES)} (starts as favor+ and learns with the model) (favor)")
     enhancements:str = _opt("", f"of a spectral mixer, joined by +: {', '.join(ENHANCEMENTS)} (spectral)")
+    gating:str = _opt("double", f"gates of a spectral mixer: {' | '.join(GATINGS)} (spectral)")
     expand:int = _opt(4, "MLP width in units of d_model")
     token_shift:bool = _opt(True, "let every branch read half of its channels one position back")
     checkpoint:bool = _opt(False, "recompute the inside of blocks in the backward pass")
@@ -58,6 +60,7 @@ class LMConfig:
         if self.local and "favor" not in self.mixer: raise InputError(f"local=True needs mixer='favor', got {self.mixer!r}")
         if unknown := set(filter(None, self.enhancements.split("+"))) - set(ENHANCEMENTS): raise InputError(f"enhancements must be any of {', '.join(ENHANCEMENTS)}, joined by +, got {self.enhancements!r}")
         if self.enhancements and "spectral" not in self.mixer: raise InputError(f"enhancements need mixer='spectral', got {self.mixer!r}")
+        if self.gating != "double" and "spectral" not in self.mixer: raise InputError(f"gating={self.gating!r} needs mixer='spectral', got {self.mixer!r}")
         if self.features != "favor+" and "favor" not in self.mixer: raise InputError(f"features={self.features!r} needs mixer='favor', got {self.mixer!r}")
         if self.m is not None and self.m < 1: raise InputError(f"m must be at least 1, got {self.m}")
         if self.rounds < 0: raise InputError(f"rounds must be 0 or more, got {self.rounds}")
@@ -66,7 +69,7 @@ class LMConfig:
         if not 0 <= self.stages <= self.n_layers: raise InputError(f"stages must be from 0 to n_layers={self.n_layers}, got {self.stages}")
         if self.stages and self.granularity != "block": raise InputError("stages are groups of blocks: they need granularity='block'")
         if self.refresh < 1 or self.embed_std <= 0: raise InputError(f"need refresh >= 1 and embed_std > 0, got {self.refresh} and {self.embed_std}")
-        for name, known in dict(features=MODEL_FEATURES, credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
+        for name, known in dict(features=MODEL_FEATURES, gating=tuple(GATINGS), credit=("dfa", "bp", "frozen"), error_site=("hidden", "logits"), error_norm=("none", "batch", "token"),
                                 feedback=tuple(FEEDBACK_KINDS), granularity=("block", "micro", "full"), embedding_credit=("block", "direct", "none")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if self.credit != "dfa": return
@@ -101,7 +104,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer_of(l), c.d_model, c.n_heads, c.m, c.seed*1000 + l, c.local, c.features, c.max_len, c.enhancements), c.d_model, c.expand, c.token_shift, c.checkpoint)
+        self.blocks = nn.ModuleList([Block(make_mixer(c.mixer_of(l), c.d_model, c.n_heads, c.m, c.seed*1000 + l, c.local, c.features, c.max_len, c.enhancements, c.gating), c.d_model, c.expand, c.token_shift, c.checkpoint)
                                      for l in range(c.n_layers)])
         self.norm = nn.LayerNorm(c.d_model)
         self.feedback = self.inner_feedback = None

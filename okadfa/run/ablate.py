@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import InputError, append_row, read_rows
+from ..core import InputError, append_row, default_device, read_rows
 from ..dfa.diagnostics import NonFiniteError
 from ..dfa import parallel
+from ..models.hub import load_model
 from ..models.lm import LMConfig
 from ..spectral.enhancements import ENHANCEMENTS
 from .data import Corpus, TrainWindows, load_corpus
 from .demo import table
+from .evaluate import evaluate
 from .train import TrainConfig, train
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000006
@@ -54,6 +56,7 @@ SWEEPS = dict(
     estimators={"softmax": _BP, "favor+": ARMS["A1"], "favor+ local": ARMS["A1"] | dict(local=True), "hedgehog": ARMS["A1"] | dict(features="hedgehog"),
                 "hedgehog local": ARMS["A1"] | dict(features="hedgehog", local=True)},
     mixers={"softmax": _BP, "spectral": _BP | dict(mixer="spectral"), "hybrid": _BP | dict(mixer="spectral+softmax"),
+            "spectral single": _BP | dict(mixer="spectral", gating="single"), "hybrid single": _BP | dict(mixer="spectral+softmax", gating="single"),
             "spectral dfa": _DFA | dict(mixer="spectral"), "hybrid dfa": _DFA | dict(mixer="spectral+softmax")},
     enhancements={"plain": _SPECTRAL} | {f"only {e}": _SPECTRAL | dict(enhancements=e) for e in ENHANCEMENTS}
                  | {f"without {e}": _SPECTRAL | dict(enhancements="+".join(x for x in ENHANCEMENTS if x != e)) for e in ENHANCEMENTS} | {"all": _SPECTRAL | dict(enhancements="+".join(ENHANCEMENTS))},
@@ -62,7 +65,7 @@ SWEEPS = dict(
 TITLES = {"A0": "A0: softmax, BP", "A1": "A1: FAVOR+, BP", "A2": "A2: FAVOR+, BP, penalty", "A3": "A3: FAVOR+, full DFA", "A4": "A4: FAVOR+, full DFA, penalty",
           "A5": "A5: FAVOR+, hybrid DFA, penalty", "bp": "BP", "frozen": "frozen blocks", "random": "random feedback", "identity": "identity feedback",
           "calibrated": "calibrated feedback", "identity+half": "identity, half a round", "identity+1": "identity, 1 round", "identity+2": "identity, 2 rounds",
-          "spectral": "spectral", "hybrid": "spectral and softmax in turn", "spectral dfa": "spectral, direct feedback", "hybrid dfa": "in turn, direct feedback",
+          "spectral": "spectral", "hybrid": "spectral and softmax in turn", "spectral single": "spectral, one gate", "hybrid single": "in turn, one gate", "spectral dfa": "spectral, direct feedback", "hybrid dfa": "in turn, direct feedback",
           "softmax": "softmax", "favor+": "FAVOR+", "favor+ local": "FAVOR+, exact near by", "hedgehog": "learnt with the model", "hedgehog local": "learnt, exact near by",
           **{name: name.replace("-", ", ") + " blocks" for name in SWEEPS["depth"]}}
 
@@ -89,6 +92,7 @@ class Run:
     train:TrainConfig
     key:str
     tune:bool=False      # a short run that chooses a learning rate
+    split:str="valid"    # what it is judged on
 
     def __str__(self): return f"{TITLES.get(self.rule, self.rule)}, seed {self.train.seed}, lr {self.train.lr:g}{' (tuning)'*self.tune}"
 
@@ -102,16 +106,22 @@ def make_run(
 ) -> Run:
     "A rule at a size. Raises `InputError` for configs that cannot be"
     v = size | SWEEPS[sweep][rule] | changes
+    if tune: data = {k: x for k, x in data.items() if k != "test_sha256"}      # nothing is chosen by the test split
     v.setdefault("ortho_warmup", min(1000, v["steps"]//2))                # a short run meets the whole penalty too
     if v.get("m") == 4*v["d_model"]//v["n_heads"]: v["m"] = None          # the default by its other name
     if unknown := v.keys() - {f.name for cls in (LMConfig, TrainConfig) for f in dataclasses.fields(cls)}:
         raise InputError(f"no config has a field {', '.join(sorted(unknown))}")
     model, training = (cls(**{f.name: v[f.name] for f in dataclasses.fields(cls) if f.name in v}) for cls in (LMConfig, TrainConfig))
-    return Run(sweep, rule, model, training, run_key(dataclasses.asdict(model), dataclasses.asdict(training), data), tune)
+    return Run(sweep, rule, model, training, run_key(dataclasses.asdict(model), dataclasses.asdict(training), data), tune, "test" if "test_sha256" in data else "valid")
 
-def data_id(corpus:Corpus) -> dict:
-    "Which text, in which tokens"
-    return {f"{k}_sha256": corpus.splits[k].sha256 for k in ("train", "valid")} | dict(tokenizer=corpus.tokenizer.fingerprint)
+def data_id(
+    corpus:Corpus,         # what runs are trained on
+    split:str="valid",     # what they are judged on: "valid" | "test"
+) -> dict:
+    "Which text, in which tokens; with the test split's hash if runs are judged on it"
+    if split not in ("valid", "test"): raise InputError(f"split must be valid or test, got {split!r}")
+    if split not in corpus.splits: raise InputError(f"the data has no {split} split to judge runs on")
+    return {f"{k}_sha256": corpus.splits[k].sha256 for k in dict.fromkeys(("train", "valid", split))} | dict(tokenizer=corpus.tokenizer.fingerprint)
 
 # %% ../../nbs/run/65_ablate.ipynb #c000000f
 def _defaults(cls) -> dict: return {f.name: f.default for f in dataclasses.fields(cls)}
@@ -123,7 +133,7 @@ def read_runs(
     out = []
     for r in read_rows(Path(results)/"ablate.jsonl"):
         model, training = _defaults(LMConfig) | r["model"], _defaults(TrainConfig) | r["train"]
-        data = {k: v for k, v in r["data_id"].items() if k != "test_sha256"}       # no run of ours reads the test split
+        data = {k: v for k, v in r["data_id"].items() if k != "test_sha256" or r.get("split") == "test"}
         out.append(r | dict(model=model, train=training, data_id=data, key=run_key(model, training, data)))
     return out
 
@@ -148,12 +158,13 @@ def worst_block(
 def collect(
     folder:str|Path,           # of a run that has ended
     failed:str|None=None,      # why, if it stopped at a number that is not one
+    judged:dict|None=None,     # from `evaluate`; None: the validation split's numbers, from the run's own summary
 ) -> dict:
     "The measured part of a row"
     folder = Path(folder)
     facts, at = json.loads((folder/"run.json").read_text()), _metrics(folder/"metrics.jsonl")
     s = {} if failed else json.loads((folder/"summary.json").read_text())
-    model, training, v = facts["facts"]["model"], facts["facts"]["train"], s.get("valid", {})
+    model, training, v = facts["facts"]["model"], facts["facts"]["train"], judged or s.get("valid", {})
     loss = [(t, r["loss"]) for t, r in at.items() if "loss" in r]
     seconds = [training["batch_size"]*training["grad_accum"]*(training["seq_len"] or model["max_len"])/r["tokens_per_s"] for r in at.values() if "tokens_per_s" in r]
     looks = {t: r for t, r in at.items() if "grad/all/norm" in r}
@@ -210,7 +221,11 @@ def execute(
             if not resume: shutil.rmtree(folder, ignore_errors=True)
             try: train(run.model, run.train, corpus, folder, source, resume=resume, progress=False)
             except NonFiniteError as e: failed = str(e)
-        row = collect(folder, failed)
+        judged = None
+        if run.split != "valid" and not failed:
+            model, _ = load_model(folder, default_device())
+            judged = evaluate(model, corpus.splits[run.split], corpus.tokenizer.bos_id, run.train.seq_len, precision=run.train.precision)
+        row = dict(split=run.split) | collect(folder, failed, judged)
         if not own_peak: row["peak_mib"] = None
         row = append_row(results/"ablate.jsonl", dict(kind="ablate", sweep=run.sweep, rule=run.rule, title=TITLES.get(run.rule, run.rule), key=run.key, tune=run.tune) | row)
         # The row is what stays. Renamed first: a half-deleted folder must not look like an unfinished run
@@ -259,7 +274,7 @@ class Plan:
         "The work of all runs that are left, in steps times blocks, those that wait for tuning with them"
         known = self.todo(rows)
         waiting = [make_run(*rule, self.size, self.data, seed=s) for rule in self.rules if self.lr(*rule, rows) is None
-                   for s in self.seeds if not (s == 0 and self.tune_steps == self.size["steps"])]
+                   for s in self.seeds if not (s == 0 and self.tune_steps == self.size["steps"] and "test_sha256" not in self.data)]
         return [r.train.steps*r.model.n_layers for r in (*known, *{r.key: r for r in waiting}.values())]
 
     def found(self, sweep, rows) -> dict[str, dict[int, dict]]:
@@ -279,6 +294,7 @@ def plan_sweeps(
     size:dict|None=None,               # fields of `LMConfig` and `TrainConfig` that differ from `DEFAULTS`
     data:str|Path="embedded",          # for `load_corpus`
     tokenizer:str|Path="bytes",        # for `load_corpus`
+    split:str="valid",                 # what runs are judged on: "valid" | "test"
 ) -> tuple[Plan, Corpus]:
     "Check everything and load the text. Raises `InputError`"
     for s in sweeps:
@@ -296,7 +312,7 @@ def plan_sweeps(
     corpus = load_corpus(data, tokenizer)
     TrainWindows(corpus.splits["train"], size.get("seq_len") or size["max_len"], 1, 0)
     check(vocab_size=corpus.tokenizer.vocab_size)
-    return Plan(rules, size | dict(vocab_size=corpus.tokenizer.vocab_size), data_id(corpus), seeds, lrs, tune_steps), corpus
+    return Plan(rules, size | dict(vocab_size=corpus.tokenizer.vocab_size), data_id(corpus, split), seeds, lrs, tune_steps), corpus
 
 def run_plan(
     plan:Plan,                         # of `plan_sweeps`

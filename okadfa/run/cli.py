@@ -438,12 +438,13 @@ def _numbers(name:str, text:str, type) -> tuple:
 @click.option("--tune-steps", type=int, default=400, show_default=True, help="steps of a tuning run")
 @click.option("--data", default="embedded", show_default=True, help=DATA_HELP)
 @click.option("--tokenizer", default="bytes", show_default=True, help="bytes, a hub name such as gpt2, or a folder with tokenizer files")
+@click.option("--split", type=click.Choice(["valid", "test"]), default="valid", show_default=True, help="what runs are judged on; learning rates are chosen on valid")
 @click.option("--preset", default=None, help=f"n_layers, d_model, n_heads and seq_len of {', '.join(PRESETS)}; flags below go first")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="folder; rows are appended to its ablate.jsonl")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/ablate"), show_default=True, help="folder of unfinished runs")
 @size_options
 @click.pass_context
-def _ablate(ctx, sweeps, quick, list_, only, max_runs, seeds, lrs, tune_steps, data, tokenizer, preset, results, runs, **size):
+def _ablate(ctx, sweeps, quick, list_, only, max_runs, seeds, lrs, tune_steps, data, tokenizer, split, preset, results, runs, **size):
     """Run whole comparisons, by default the six arms: one row a run, mean and spread over seeds at the end.
 
     A run that has its row is not done again, an interrupted one continues after its last checkpoint, and several
@@ -468,11 +469,11 @@ def _ablate(ctx, sweeps, quick, list_, only, max_runs, seeds, lrs, tune_steps, d
     if max_runs is not None and max_runs < 1: raise InputError(f"max-runs must be at least 1, got {max_runs}")
     # Folders are recorded whole, as for `okadfa train`
     source = {k: str(Path(v).resolve()) if Path(v).is_dir() else v for k, v in dict(data=data, tokenizer=tokenizer).items()}
-    plan, corpus = plan_sweeps(sweeps or ("arms",), only, _numbers("seeds", seeds, int), _numbers("lrs", lrs, float), tune_steps, size, **source)
+    plan, corpus = plan_sweeps(sweeps or ("arms",), only, _numbers("seeds", seeds, int), _numbers("lrs", lrs, float), tune_steps, size, split=split, **source)
     if list_: return click.echo("\n".join(status(plan, results, runs)))
     rows = run_plan(plan, corpus, results, runs, max_runs, source, say=lambda line: click.echo(line))
     for sweep in dict.fromkeys(s for s, _ in plan.rules):
-        if found := plan.found(sweep, rows): print_table(f"{sweep}: {plan.size['steps']} steps, {corpus.name}, {corpus.tokenizer.name}", summarise(found))
+        if found := plan.found(sweep, rows): print_table(f"{sweep}: {plan.size['steps']} steps, {corpus.name}, {corpus.tokenizer.name}, {split} split", summarise(found))
     if n := len(plan.left(rows)): click.echo(f"{n} runs left; the same command continues")
 
 # %% ../../nbs/run/66_cli.ipynb #c0000011
