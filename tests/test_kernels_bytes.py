@@ -1,31 +1,11 @@
-"""The byte embedding against its definition: on a CUDA device where there is one, else in Triton's interpreter.
-
-Triton decides when it is imported whether it interprets, so this file imports it with the variable set; if someone imported it
-before, the file runs in a process of its own."""
-import importlib.util, subprocess, sys
+"The byte embedding against its definition: on a CUDA device where there is one, else in Triton's interpreter."
+import importlib.util
 import numpy as np
 import pytest, torch
-from conftest import ROOT, clean_env
+from kernel_setup import TRITON, compiled_for_h100, compiler_only, device, fresh, needs_cuda, only_where_late, run_alone
 from okadfa.core import InputError, assert_rel
 from okadfa.kernels import bytes as kernels
 from okadfa.kernels.bytes import byte_embed, byte_embed_ref, why_not_byte_embed
-
-CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
-
-def interpreted() -> bool:
-    "Import Triton as an interpreter, and leave the environment as it was"
-    with pytest.MonkeyPatch.context() as p:
-        p.setenv("TRITON_INTERPRET", "1")
-        return why_not_byte_embed(torch.zeros(1, 1)) is None
-LATE = TRITON and not CUDA and not interpreted()
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
-        if not CUDA: pytest.skip("needs a CUDA device")
-    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
-    else: monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return "cpu" if request.param == "interpreter" else "cuda"
 
 def problem(device, b, n, d, dtype=torch.float32, ids=torch.int64, v=257):
     g = torch.Generator().manual_seed(n + d)
@@ -46,11 +26,8 @@ def check(x, tol, scale=None, shift=False):
     assert_rel("gradient", grad(byte_embed_ref, ids, table.double(), go, scale, shift), got.double(), tol)
     return got
 
-@pytest.mark.skipif(not LATE, reason="Triton interprets in this process, or a CUDA device is here")
-def test_in_a_process_of_its_own():
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"),
-                       capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout[-3000:]
+@only_where_late
+def test_in_a_process_of_its_own(): run_alone(__file__)
 
 def test_the_definition_is_the_chain_of_the_model():
     "Embedding, times sqrt(d), then the blocks' own token shift; also for odd widths and one position"
@@ -213,7 +190,7 @@ def test_auto_on_a_cpu_is_the_definition(monkeypatch):
     assert torch.equal(byte_embed(ids, table), byte_embed_ref(ids, table)) and byte_embed(ids, table.double()).dtype == torch.float64
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_cuda
 def test_auto_on_a_gpu_takes_the_kernel(monkeypatch):
     ids, table, _ = problem("cuda", 2, 5, 4)
     assert torch.equal(byte_embed(ids, table.double()), byte_embed_ref(ids, table.double()))        # float64: the definition
@@ -221,7 +198,7 @@ def test_auto_on_a_gpu_takes_the_kernel(monkeypatch):
     with pytest.raises(AttributeError): byte_embed(ids, table)
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3), (torch.float16, 3e-4)])
 def test_large_shapes(dtype, tol):
     for b, n, d in ((8, 4096, 512), (3, 4097, 768), (1, 100_001, 96)):
@@ -238,42 +215,18 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert why_not_byte_embed(table) == "triton is not installed: pip install triton, or use byte_embed_ref"
 
-def fresh(code, **env):
-    "Run code in a new process; its output"
-    base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"}
-    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return r.stdout.strip()
-
 def test_importing_the_module_does_not_import_triton():
     assert fresh("import sys, okadfa.kernels.bytes; print('triton' in sys.modules)") == "False"
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="the compiler's only check where there is no CUDA device")
+@compiler_only
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
     "Both kernels through Triton's compiler and ptxas for an H100, in every type, with and without shift"
-    code = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+    seen = compiled_for_h100("""
 from okadfa.kernels.bytes import _ByteEmbed, _jit
-class Absent:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-driver.set_active(Absent())
-compile, seen = JITFunction.run, []
-def run(self, *args, grid, warmup, **options):
-    kernel = compile(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
-    seen.append(self.fn.__name__)
-JITFunction.run = run
 _jit.load()
 for dtype, ids, shift in ((torch.float32, torch.uint8, True), (torch.bfloat16, torch.int64, True), (torch.float16, torch.int16, False)):
-    _ByteEmbed.apply(torch.zeros(2, 100, dtype=ids), torch.zeros(257, 384, dtype=dtype, requires_grad=True), 2., shift).sum().backward()
-print(*sorted(set(seen)), len(seen))
-"""
-    assert fresh(code, TRITON_CACHE_DIR=str(tmp_path)) == "_accumulate _look_up 6"
+    _ByteEmbed.apply(torch.zeros(2, 100, dtype=ids), torch.zeros(257, 384, dtype=dtype, requires_grad=True), 2., shift).sum().backward()""", tmp_path)
+    assert sorted(seen) == ["_accumulate"]*3 + ["_look_up"]*3
 
 def test_the_encoders_ids_are_taken_as_they_are():
     "uint16 from `ByteEncoder.encode`, and the raw bytes"

@@ -1,34 +1,12 @@
-"""The attention kernels against their definition: on a CUDA device where there is one, else in Triton's interpreter.
-
-The interpreter runs one program after another in NumPy, so its cases are small. Triton decides when it is imported whether it
-interprets, so this file imports it with the variable set; if someone imported it before, the file runs in a process of its own."""
-import importlib.util, os, subprocess, sys
+"The attention kernels against their definition: on a CUDA device where there is one, else in Triton's interpreter."
+import importlib.util
 import pytest, torch
-from conftest import ROOT, clean_env
+from kernel_setup import TRITON, compiled_for_h100, compiler_only, device, fresh, needs_cuda, only_where_late, run_alone
 from okadfa.core import InputError, assert_rel
 from okadfa.kernels import favor
 from okadfa.kernels.favor import NEVER, exp_attention_ref, exp_attention_triton, why_not_triton
 
-CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
 NAMES = "out q k v Wq Wk bias weight".split()
-
-def interpreted() -> bool:
-    "Import Triton as an interpreter, and leave the environment as it was"
-    with pytest.MonkeyPatch.context() as p:
-        p.setenv("TRITON_INTERPRET", "1")
-        return why_not_triton(torch.zeros(1, 1, 1, 1)) is None
-LATE = TRITON and not CUDA and not interpreted()
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
-        if not CUDA: pytest.skip("needs a CUDA device")
-    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
-    else: monkeypatch.setenv("TRITON_INTERPRET", "1")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest"); torch.manual_seed(0)
-    yield "cpu" if request.param == "interpreter" else "cuda"
-    torch.set_float32_matmul_precision(before)
 
 @pytest.fixture
 def tune(monkeypatch):
@@ -71,11 +49,8 @@ def check(x, tol, *args, ref=exp_attention_ref):
         assert_rel(name, a, b.double(), tol)
     return got
 
-@pytest.mark.skipif(not LATE, reason="Triton interprets in this process, or a CUDA device is here")
-def test_in_a_process_of_its_own():
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"),
-                       capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout[-3000:]
+@only_where_late
+def test_in_a_process_of_its_own(): run_alone(__file__)
 
 def test_the_two_references_agree():
     x = [y.double() for y in problem("cpu", 30, b=1)]
@@ -255,7 +230,7 @@ def test_gradients_that_nobody_asked_for_are_not_computed(device, monkeypatch):
     assert sum(s.numel() for s in kept) == out.numel() + 2*40                    # the output and two numbers a row
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("n,shape,dtype,tol", [
     (1000, dict(d=64, d_v=64, m=128, b=2), torch.float32, 2e-5), (4096, dict(d=64, d_v=64, m=128), torch.bfloat16, 5e-3),
     (4096, dict(d=64, d_v=64, m=256), torch.bfloat16, 5e-3), (2049, dict(d=128, d_v=128, m=512), torch.bfloat16, 5e-3),
@@ -273,48 +248,21 @@ def test_large_shapes(n, shape, dtype, tol):
         y[6][..., cut:] += 30
         assert torch.equal(before[:, :, :cut], exp_attention_triton(*y)[:, :, :cut])
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="the compiler's only check where there is no CUDA device")
+@compiler_only
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
     "Every kernel through Triton's compiler and ptxas for an H100, with all stores; shared memory must fit"
-    code = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+    seen = compiled_for_h100("""
 from okadfa.kernels.favor import _ExpAttention, _jit
-class Absent:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-driver.set_active(Absent())
-compile, seen = JITFunction.run, set()
-def run(self, *args, grid, warmup, **options):
-    kernel = compile(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
-    seen.add(self.fn.__name__)
-JITFunction.run = run
 _jit.load()
 q, k, v = torch.zeros(3, 1, 100, 2, 64, dtype=torch.bfloat16).transpose(2, 3).requires_grad_()
 W, bias = torch.zeros(2, 128, 64, requires_grad=True), torch.zeros(2, 128)
-_ExpAttention.apply(q, k, v, W, W, bias, torch.zeros(1, 2, 100), None).sum().backward()
-print(*sorted(seen))
-"""
-    env = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.split() == ["_contributions", "_key_gradient", "_outputs", "_query_gradient", "_row_maxima", "_running_maximum", "_scan"]
-
-def fresh(code, **env):
-    "Run code in a new process; its output"
-    base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"}
-    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return r.stdout.strip()
+_ExpAttention.apply(q, k, v, W, W, bias, torch.zeros(1, 2, 100), None).sum().backward()""", tmp_path)
+    assert sorted(set(seen)) == ["_contributions", "_key_gradient", "_outputs", "_query_gradient", "_row_maxima", "_running_maximum", "_scan"]
 
 def test_importing_the_module_does_not_import_triton():
     assert fresh("import sys, okadfa.kernels.favor; print('triton' in sys.modules)") == "False"
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="a CUDA device is here, or Triton is not")
+@compiler_only
 def test_triton_that_came_too_early_is_named():
     said = fresh("import os, triton, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
                  "from okadfa.kernels.favor import why_not_triton; print(why_not_triton(torch.zeros(1, 1, 1, 1)))")

@@ -1,35 +1,13 @@
-"""The gated convolution's kernels against their definition: on a CUDA device where there is one, else in Triton's interpreter.
-
-The interpreter runs one program after another in NumPy, so its cases are small. Triton decides when it is imported whether it
-interprets, so this file imports it with the variable set; if someone imported it before, the file runs in a process of its own."""
-import importlib.util, os, subprocess, sys
+"The gated convolution's kernels against their definition: on a CUDA device where there is one, else in Triton's interpreter."
+import importlib.util
 import pytest, torch
-from conftest import ROOT, clean_env
+from kernel_setup import TRITON, compiled_for_h100, compiler_only, device, fresh, needs_cuda, only_where_late, run_alone
 from okadfa.core import InputError, assert_rel
 from okadfa.kernels import longconv
 from okadfa.kernels.longconv import gated_conv, gated_conv_ref, why_not_triton
 
-CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
 NAMES = "y u taps gate".split()
 SMALL = dict(C=16, J=16, BM=16)
-
-def interpreted() -> bool:
-    "Import Triton as an interpreter, and leave the environment as it was"
-    with pytest.MonkeyPatch.context() as p:
-        p.setenv("TRITON_INTERPRET", "1")
-        return why_not_triton(torch.zeros(1, 1, 1)) is None
-LATE = TRITON and not CUDA and not interpreted()
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
-        if not CUDA: pytest.skip("needs a CUDA device")
-    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
-    else: monkeypatch.setenv("TRITON_INTERPRET", "1")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest"); torch.manual_seed(0)
-    yield "cpu" if request.param == "interpreter" else "cuda"
-    torch.set_float32_matmul_precision(before)
 
 @pytest.fixture
 def small(monkeypatch):
@@ -52,11 +30,8 @@ def check(x, tol):
         assert_rel(name, a, b.double(), tol)
     return got
 
-@pytest.mark.skipif(not LATE, reason="Triton interprets in this process, or a CUDA device is here")
-def test_in_a_process_of_its_own():
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"),
-                       capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout[-3000:]
+@only_where_late
+def test_in_a_process_of_its_own(): run_alone(__file__)
 
 def test_the_reference_is_the_sum():
     u, h, g = (x.double() for x in problem("cpu", 2, 9, 3, 4))
@@ -136,50 +111,23 @@ def test_nothing_to_do(device):
         assert gated_conv(u, h, g, impl="triton").shape == u.shape and gated_conv(u, h, g, impl="triton").eq(0).all()
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("b,n,d,k,dtype,tol", [(2, 1000, 64, 1000, torch.float32, 5e-6), (1, 4099, 128, 257, torch.bfloat16, 4e-3), (3, 777, 33, 64, torch.float16, 1e-3)])
 def test_large_shapes(b, n, d, k, dtype, tol):
     torch.manual_seed(0)
     check(problem("cuda", b, n, d, k, dtype=dtype), tol)
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="the compiler's only check where there is no CUDA device")
+@compiler_only
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path, dtype):
     "Both kernels through Triton's compiler and ptxas for an H100; shared memory must fit"
-    code = f"""
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+    seen = compiled_for_h100(f"""
 from okadfa.kernels.longconv import _GatedConv, _jit
-class Absent:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-driver.set_active(Absent())
-compile, seen = JITFunction.run, []
-def run(self, *args, grid, warmup, **options):
-    kernel = compile(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
-    seen.append(self.fn.__name__)
-JITFunction.run = run
 _jit.load()
 u, g = (torch.zeros(2, 64, 300, dtype=torch.{dtype}).mT.requires_grad_() for _ in range(2))
 h = torch.zeros(200, 64, requires_grad=True)
-_GatedConv.apply(u, h, g).sum().backward()
-print(*seen)
-"""
-    env = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.split() == ["_convolution"]*3 + ["_tap_gradient"]
-
-def fresh(code, **env):
-    "Run code in a new process; its output"
-    base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"}
-    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return r.stdout.strip()
+_GatedConv.apply(u, h, g).sum().backward()""", tmp_path)
+    assert seen == ["_convolution"]*3 + ["_tap_gradient"]
 
 def test_importing_the_module_does_not_import_triton():
     assert fresh("import sys, okadfa.kernels.longconv; print('triton' in sys.modules)") == "False"

@@ -1,33 +1,10 @@
-"""Multiplication by packed polar weights against its definition: on a CUDA device where there is one, else in Triton's interpreter.
-
-Triton decides when it is imported whether it interprets, so this file imports it with the variable set; if someone imported it
-before, the file runs in a process of its own."""
-import importlib.util, os, subprocess, sys
+"Multiplication by packed polar weights against its definition: on a CUDA device where there is one, else in Triton's interpreter."
+import importlib.util
 import pytest, torch
-from conftest import ROOT, clean_env
+from kernel_setup import TRITON, compiled_for_h100, compiler_only, device, fresh, needs_cuda, only_where_late, run_alone
 from okadfa.core import InputError, assert_rel
 from okadfa.kernels import polar
 from okadfa.kernels.polar import pack_codes, polar_matmul, polar_matmul_ref, polar_points, unpack_codes, why_not_triton
-
-CUDA, TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
-
-def interpreted() -> bool:
-    "Import Triton as an interpreter, and leave the environment as it was"
-    with pytest.MonkeyPatch.context() as p:
-        p.setenv("TRITON_INTERPRET", "1")
-        return why_not_triton(torch.zeros(1, 1)) is None
-LATE = TRITON and not CUDA and not interpreted()
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
-        if not CUDA: pytest.skip("needs a CUDA device")
-    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
-    else: monkeypatch.setenv("TRITON_INTERPRET", "1")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest"); torch.manual_seed(0)
-    yield "cpu" if request.param == "interpreter" else "cuda"
-    torch.set_float32_matmul_precision(before)
 
 def problem(device, n=3, rows=5, cols=7, bits=8, group=4, phases=(32,)*8, dtype=torch.complex64):
     codes = torch.randint(sum(phases), (rows, cols))
@@ -45,11 +22,8 @@ def check(args, how, tol=2e-6):
     assert_rel("product", ref, wide(got), tol)
     return got
 
-@pytest.mark.skipif(not LATE, reason="Triton interprets in this process, or a CUDA device is here")
-def test_in_a_process_of_its_own():
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"),
-                       capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout[-3000:]
+@only_where_late
+def test_in_a_process_of_its_own(): run_alone(__file__)
 
 def test_packing():
     for bits in range(1, 17):
@@ -125,48 +99,21 @@ def test_quantized_layers(device, method, pairs):
     assert_rel("layer", x @ p.dequantize(device).T, layer(x, impl="triton"), 1e-5)
     assert_rel("layer", layer(x, impl="ref"), layer(x), 1e-5)
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="the compiler's only check where there is no CUDA device")
+@compiler_only
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
     "The kernel through Triton's compiler and ptxas for an H100, in its variants; shared memory must fit"
-    code = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+    seen = compiled_for_h100("""
 from okadfa.kernels.polar import _launch, _jit, pack_codes
-class Absent:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-driver.set_active(Absent())
-compile, seen = JITFunction.run, []
-def run(self, *args, grid, warmup, **options):
-    kernel = compile(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.asm["cubin"] and kernel.metadata.shared <= 227*1024, (self.fn.__name__, kernel.metadata.shared)
-    seen.append(self.fn.__name__)
-JITFunction.run = run
 _jit.load()
 for bits, phases, x in ((12, (13, 500, 1000, 2000), torch.zeros(70, 300, dtype=torch.complex64)), (8, (32,)*8, torch.zeros(1, 600, dtype=torch.bfloat16))):
     words = pack_codes(torch.zeros(100, 300, dtype=torch.int64), bits)
-    _launch(x, words, torch.ones(100, 3), torch.ones(len(phases)), phases, bits, 128, 300)
-print(len(seen), *set(seen))
-"""
-    env = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"} | dict(TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.split() == ["2", "_polar_matmul"]
-
-def fresh(code, **env):
-    "Run code in a new process; its output"
-    base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"}
-    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return r.stdout.strip()
+    _launch(x, words, torch.ones(100, 3), torch.ones(len(phases)), phases, bits, 128, 300)""", tmp_path)
+    assert seen == ["_polar_matmul"]*2
 
 def test_importing_the_module_does_not_import_triton():
     assert fresh("import sys, okadfa.kernels.polar; print('triton' in sys.modules)") == "False"
 
-@pytest.mark.skipif(CUDA or not TRITON, reason="a CUDA device is here, or Triton is not")
+@compiler_only
 def test_triton_that_came_too_early_is_named():
     said = fresh("import os, triton, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
                  "from okadfa.kernels.polar import why_not_triton; print(why_not_triton(torch.zeros(1, 1)))")
@@ -200,7 +147,7 @@ def test_what_does_not_fit_is_refused(change, says):
     assert "\n" not in str(e.value)
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("n,rows,cols", [(1, 4096, 4096), (64, 1000, 3001), (3000, 2048, 512)])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float32, torch.bfloat16])
 def test_large(n, rows, cols, dtype):

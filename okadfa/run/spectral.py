@@ -23,7 +23,7 @@ class NaiveAttention(MultiHeadAttention):
     "Multi-head attention that writes its matrix of weights"
     def attend(self, q:Tensor, k:Tensor, v:Tensor, key_padding_mask=None) -> Tensor: return naive_softmax(q, k, v)
 
-SPECTRAL_NAMES = dict(sdpa="softmax, fused (SDPA)", naive="softmax, naive", spectral="spectral")
+SPECTRAL_NAMES = dict(sdpa="softmax, fused (SDPA)", naive="softmax, naive", spectral="spectral", single="spectral, one gate")
 SPECTRAL_WHAT = "layer forward", "layer training", "model forward", "model training", "streaming"
 LARGEST_MATRIX = 2**32    # bytes of weights beyond which naive attention is left out
 
@@ -36,7 +36,7 @@ def spectral_layer(
 ) -> nn.Module:     # [b n d] -> [b n d], causal
     "One of the layers that are compared"
     torch.manual_seed(seed)
-    if name == "spectral": return SpectralMixing(d, n, seed=seed)
+    if name in ("spectral", "single"): return SpectralMixing(d, n, gating="single" if name == "single" else "double", seed=seed)
     return (NaiveAttention if name == "naive" else MultiHeadAttention)(d, heads, positions=False)
 
 # %% ../../nbs/run/69_spectral.ipynb #c0000008
@@ -56,7 +56,7 @@ def check_spectral(
     y, edited = layer(x), x.clone()
     edited[:, n//2:] = edited[:, n//2:].flip(1) + 1
     moved = _error(y[:, :n//2], layer(edited)[:, :n//2])
-    if name == "spectral":
+    if isinstance(layer, SpectralMixing):
         v, *gates = layer.into(x).split(d, -1)
         if layer.gating == "double": v = v*gates[1]
         y_ref = causal_conv_ref(v, layer.filter(n))
@@ -118,7 +118,8 @@ def _forward_or_training(kind, n, d, heads, layers, batch, repeats, dev, seed, c
             layer, x = spectral_layer(name, d, heads, n, seed).to(dev).train(training), torch.randn(batch, n, d, generator=g).to(dev)
             steps[name] = _layer_step(layer, x, training)
         else:
-            model = LanguageModel(LMConfig(d_model=d, n_layers=layers, n_heads=heads, max_len=n, mixer="spectral" if name == "spectral" else "softmax", credit="bp", seed=seed))
+            mixer = dict(spectral=dict(mixer="spectral"), single=dict(mixer="spectral", gating="single")).get(name, dict(mixer="softmax"))
+            model = LanguageModel(LMConfig(d_model=d, n_layers=layers, n_heads=heads, max_len=n, credit="bp", seed=seed, **mixer))
             if name == "naive":
                 for block in model.blocks: block.mixer.__class__ = NaiveAttention          # the weights stay
             ids = torch.randint(256, (batch, n + 1), generator=g).to(dev)
