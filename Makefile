@@ -59,6 +59,14 @@ wikitext:  ## OKADFA and its baseline on WikiText-2, rows appended to results/wi
 	  $(OKADFA) train $(WIKITEXT) --seed $$s --out runs/wikitext/baseline-$$s --mixer softmax --credit bp --ortho 0 || exit 1; \
 	done
 
+# About an hour and a half on one core. The model has fewer than 10 million parameters; BYTES= gives it another size or another budget
+BYTES     ?= --n-layers 4 --max-len 512 --steps 5500 --batch-size 8 --lr 3e-3 --warmup 200 --diag-every 500
+bytes:     ## a byte model of both mixers in turn on WikiText-2, beside compressors and quantized, rows appended to results/
+	@test -n '$(filter-out $(BIN)/okadfa,$(OKADFA))' || $(MAKE) --no-print-directory $(READY)
+	$(OKADFA) train --data $(DATA) --mixer spectral+softmax --credit bp --ortho 0 $(BYTES) --out runs/bytes --results results/bytes.jsonl
+	$(OKADFA) benchmark compression runs/bytes --data $(DATA) --stride 256 --out results
+	for b in 4 6 8 10 12 16; do $(OKADFA) quantize runs/bytes --bits $$b --split test --out runs/bytes-$$b --results results || exit 1; done
+
 # Hours on two cores. It may be stopped and started at will: finished rows are skipped, and a second `make ablate` beside the first shares the work.
 LRS       ?= 3e-3,6e-3,1e-2
 ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows appended to results/ablate.jsonl
@@ -74,6 +82,7 @@ gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, row
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark attention --device cuda --dtype bfloat16 --n 2048,8192,32768 --out results
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli benchmark spectral --device cuda --what 'layer forward,layer training,model forward,model training' --n 512,1024,2048,4096,8192,16384 --out results
 	$(MAKE) wikitext OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli'
+	$(MAKE) bytes OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli' BYTES='--n-layers 8 --d-model 320 --n-heads 5 --max-len 1024 --steps 3000 --batch-size 64 --lr 2e-3 --warmup 200 --diag-every 1000'
 
 figures: $(READY)  ## re-run the figure notebooks from results/
 	cd nbs/figures && for f in fig_*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
@@ -83,4 +92,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext ablate gpu figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext bytes ablate gpu figures clean

@@ -1,7 +1,7 @@
 "Estimators: unbiased, seeded, saved with what they have learnt, equal on every path, better where they should be"
 import pytest, torch
 from okadfa.attention.estimators import ESTIMATORS, FittedFeatures, LearnedFeatures, balance, distill, make_features, row_cosine, width
-from okadfa.attention.favor import FavorState, favor_attention, favor_attention_ref
+from okadfa.attention.favor import FavorState, favor_attention
 from okadfa.core import InputError, assert_rel
 
 def qkv(b=2, h=3, n=50, d=8, seed=0, dtype=torch.float32):

@@ -1,5 +1,4 @@
 "Convolutions step by step: every split into prompt and steps, odd sizes, what is refused, and filters turned into recurrences"
-import itertools
 import pytest, torch
 from okadfa.core import InputError, assert_rel
 from okadfa.spectral.mixing import causal_conv_ref

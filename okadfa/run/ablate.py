@@ -59,14 +59,15 @@ SWEEPS = dict(
             "spectral single": _BP | dict(mixer="spectral", gating="single"), "hybrid single": _BP | dict(mixer="spectral+softmax", gating="single"),
             "spectral dfa": _DFA | dict(mixer="spectral"), "hybrid dfa": _DFA | dict(mixer="spectral+softmax")},
     enhancements={"plain": _SPECTRAL} | {f"only {e}": _SPECTRAL | dict(enhancements=e) for e in ENHANCEMENTS}
-                 | {f"without {e}": _SPECTRAL | dict(enhancements="+".join(x for x in ENHANCEMENTS if x != e)) for e in ENHANCEMENTS} | {"all": _SPECTRAL | dict(enhancements="+".join(ENHANCEMENTS))},
+                 | {f"without {e}": _SPECTRAL | dict(enhancements="+".join(x for x in ENHANCEMENTS if x != e)) for e in ENHANCEMENTS} | {"all": _SPECTRAL | dict(enhancements="+".join(ENHANCEMENTS))}
+                 | {"mlp x6": _SPECTRAL | dict(expand=6), "mlp x10": _SPECTRAL | dict(expand=10), "softmax": _BP},    # as many weights as with one, and with all
     depth={f"{name}-{n}": rule | dict(n_layers=n) for n in (2, 4, 8) for name, rule in (("bp", _BP), ("identity", _DFA), ("frozen", _FROZEN))})
 
 TITLES = {"A0": "A0: softmax, BP", "A1": "A1: FAVOR+, BP", "A2": "A2: FAVOR+, BP, penalty", "A3": "A3: FAVOR+, full DFA", "A4": "A4: FAVOR+, full DFA, penalty",
           "A5": "A5: FAVOR+, hybrid DFA, penalty", "bp": "BP", "frozen": "frozen blocks", "random": "random feedback", "identity": "identity feedback",
           "calibrated": "calibrated feedback", "identity+half": "identity, half a round", "identity+1": "identity, 1 round", "identity+2": "identity, 2 rounds",
           "spectral": "spectral", "hybrid": "spectral and softmax in turn", "spectral single": "spectral, one gate", "hybrid single": "in turn, one gate", "spectral dfa": "spectral, direct feedback", "hybrid dfa": "in turn, direct feedback",
-          "softmax": "softmax", "favor+": "FAVOR+", "favor+ local": "FAVOR+, exact near by", "hedgehog": "learnt with the model", "hedgehog local": "learnt, exact near by",
+          "mlp x6": "plain, MLP of 6 d", "mlp x10": "plain, MLP of 10 d", "softmax": "softmax", "favor+": "FAVOR+", "favor+ local": "FAVOR+, exact near by", "hedgehog": "learnt with the model", "hedgehog local": "learnt, exact near by",
           **{name: name.replace("-", ", ") + " blocks" for name in SWEEPS["depth"]}}
 
 # %% ../../nbs/run/65_ablate.ipynb #c000000b

@@ -367,7 +367,7 @@ def _attention(n, contexts, what, variants, **kw):
 @click.option("--layers", type=int, default=2, show_default=True, help="blocks of the model")
 @click.option("--batch", type=int, default=1, show_default=True, help="texts at once")
 @click.option("--what", default="layer forward,layer training,model forward,model training,streaming", show_default=True, help="what to measure, a list with commas")
-@click.option("--variants", default="sdpa,naive,spectral", show_default=True, help="who takes part, a list")
+@click.option("--variants", default="sdpa,naive,spectral,single", show_default=True, help="who takes part, a list")
 @click.option("--repeats", type=int, default=5, show_default=True, help="alternating rounds")
 @click.option("--threads", type=int, default=2, show_default=True, help="threads of the CPU")
 @click.option("--device", default=None, help="cpu or cuda  [default: cuda where there is one]")

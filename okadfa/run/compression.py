@@ -9,7 +9,7 @@ __all__ = ['COMPRESSORS', 'ppmd_size', 'xz_size', 'benchmark_compression']
 import bz2, gzip, importlib.util, lzma
 from pathlib import Path
 import numpy as np
-from ..core import InputError, append_row
+from ..core import InputError, append_row, default_device
 from ..models.hub import load_model
 from .data import load_corpus
 from .evaluate import evaluate
@@ -44,7 +44,7 @@ def benchmark_compression(
     if split not in corpus.splits or split == "train": raise InputError(f"the data has no {split!r} split to compress, choose from {', '.join(s for s in corpus.splits if s != 'train')}")
     model = None
     if checkpoint is not None:                # what cannot be loaded is refused before the compressors work
-        model, info = load_model(checkpoint)
+        model, info = load_model(checkpoint, default_device())
         other = load_corpus(data, tokenizer or info.get("tokenizer", "bytes"))
         if other.tokenizer.vocab_size != model.config.vocab_size:
             raise InputError(f"{checkpoint} has a vocabulary of {model.config.vocab_size}, the tokenizer of {other.tokenizer.vocab_size}; pass the tokenizer it was trained with")
@@ -59,6 +59,6 @@ def benchmark_compression(
         keep(name=name, alone=8*size(text)/len(text), given_train=8*(size(train + text) - size(train))/len(text))
     if model is not None:
         found = evaluate(model, other.splits[split], other.tokenizer.bos_id, info.get("seq_len"), stride=stride)
-        keep(name="model", alone=None, given_train=found["bits_per_byte"], mixer=model.config.mixer, credit=model.config.credit, stride=stride, window=info.get("seq_len") or model.config.max_len,
+        keep(name="model", alone=None, given_train=found["bits_per_byte"], model=info["model"], stride=stride, window=info.get("seq_len") or model.config.max_len,
              steps=info.get("step"), parameters=sum(p.numel() for p in model.parameters()), tokenizer=other.tokenizer.name)
     return rows
