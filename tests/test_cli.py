@@ -119,7 +119,7 @@ def test_bad_generation(capsys, tmp_path, args):
 def test_quantize(capsys, tmp_path, text):
     run, small = tmp_path/"run", tmp_path/"small"
     assert call(capsys, "train", "--out", run, "--data", text, *TINY, "--d-model", 64, "--mixer", "spectral+favor", "--steps", 3)[0] == 0
-    for args, says in ((["--out", run], "exists"), (["--out", small, "--bits", 40], "bits must be"), (["--out", small, "--split", "tests"], "split"), (["--out", small, "--data", "nowhere"], "nowhere")):
+    for args, says in ((["--out", run], "exists"), (["--out", small, "--bits", 40], "bits must be"), (["--out", small, "--bits", "12,40"], "bits must be"), (["--out", small, "--bits", "few"], "bits must be"), (["--out", small, "--bits", ","], "bits must be"), (["--out", small, "--split", "tests"], "split"), (["--out", small, "--data", "nowhere"], "nowhere")):
         refused(capsys, tmp_path, "quantize", run, *args, says=says)
     code, out, err = call(capsys, "quantize", run, "--out", small, "--results", tmp_path/"results")
     assert code == 0, err
@@ -128,6 +128,11 @@ def test_quantize(capsys, tmp_path, text):
     got = json.loads(call(capsys, "evaluate", small, "--json")[1])["bits_per_byte"]
     assert abs(got - row["bits_per_byte_quantized"]) < 1e-6 and 0 < abs(got - row["bits_per_byte"]) < 0.05      # another model, and hardly worse
     assert call(capsys, "generate", small, "--prompt", "The ", "--tokens", 5)[0] == 0
+    code, out, err = call(capsys, "quantize", run, "--bits", "6, 12", "--out", tmp_path/"several", "--results", tmp_path/"results")
+    rows = [json.loads(line) for line in (tmp_path/"results"/"quantize.jsonl").read_text().splitlines()]
+    assert code == 0 and [r["bits"] for r in rows] == [12, 6, 12] and "6 bits" in out and "12 bits" in out
+    assert rows[2]["bits_per_byte_quantized"] == row["bits_per_byte_quantized"] and rows[1]["bits_per_byte"] == row["bits_per_byte"]
+    for r in rows[1:]: assert r["bytes_quantized"] == (tmp_path/"several"/f"{r['bits']:g}"/"polar.safetensors").stat().st_size
     data = (small/"polar.safetensors").read_bytes()
     (small/"polar.safetensors").write_bytes(data[:-10])
     assert "polar.safetensors" in refused(capsys, tmp_path, "evaluate", small, says="okadfa: ")

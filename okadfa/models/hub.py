@@ -69,11 +69,12 @@ def save_quantized(
     model:LanguageModel,  # stays as it is
     folder:str|Path,      # made where missing
     bits:float=12,        # a pair of weights, see `polar_quantize`
+    weights=None,         # of `quantize_model`, if that is done
     **info,               # see `save_config`
 ):                        # `PolarWeights`: what each weight takes, and its error
     "Write `polar.safetensors` and `config.json`. Raises `InputError` before anything is written"
     from okadfa.spectral.polar import quantize_model
-    _, weights = quantize_model(model, bits)
+    if weights is None: _, weights = quantize_model(model, bits)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     weights.save(folder/"polar.safetensors")
     save_config(model, folder, **info)

@@ -175,36 +175,48 @@ def _evaluate(checkpoint, data, split, tokenizer, stride, batch_size, precision,
 
 @cli.command("quantize")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--bits", type=float, default=12, show_default=True, help="of a pair of weights, which are 64 bits as they are")
+@click.option("--bits", default="12", show_default=True, help="of a pair of weights, which are 64 bits as they are; several, as 8,12, make a folder in --out each")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder of the quantized checkpoint; must be new")
 @click.option("--data", default=None, help=DATA_HELP + "  [default: that of training]")
 @click.option("--split", default="valid", show_default=True, help="what both are judged on: train, valid or test")
 @click.option("--tokenizer", default=None, help="where the tokenizer is now, if it has moved since training")
 @click.option("--cache", type=click.Path(path_type=Path), help="folder for tokenised text")
-@click.option("--results", type=click.Path(path_type=Path), default=None, help="append the measured row to this folder's quantize.jsonl")
+@click.option("--results", type=click.Path(path_type=Path), default=None, help="append the measured rows to this folder's quantize.jsonl")
 def _quantize(checkpoint, bits, out, data, split, tokenizer, cache, results):
-    """Write CHECKPOINT (a run's folder) with polar weights of so many bits a pair, and show what that costs."""
+    """Write CHECKPOINT (a run's folder) with polar weights of so many bits a pair, and show what that costs.
+
+    \b
+    Examples:
+      okadfa quantize runs/bytes --out runs/bytes-12
+      okadfa quantize runs/bytes --bits 6,8,12 --split test --out runs/small
+    """
     from rich.console import Console
     from rich.table import Table
     from okadfa.core import append_row
     from okadfa.models.hub import load_model, save_quantized
     from okadfa.run.data import load_corpus
     from okadfa.run.evaluate import evaluate as run
+    from okadfa.spectral.polar import quantize_model
     if out.exists(): raise InputError(f"{out} exists: choose another --out")
+    if not (sizes := tuple(dict.fromkeys(_numbers("bits", bits, float)))): raise InputError("bits must be a number, or several separated by commas")
     model, tok, info = _load(checkpoint, tokenizer)
     corpus = load_corpus(data or info.get("data", "embedded"), tok, cache)
     if split not in corpus.splits: raise InputError(f"the data has no {split!r} split, choose from {', '.join(corpus.splits)}")
-    weights = save_quantized(model, out, bits, **{k: v for k, v in info.items() if k != "model"})
-    judged = [run(m, corpus.splits[split], tok.bos_id, info.get("seq_len"))["bits_per_byte"] for m in (model, load_model(out, default_device())[0])]
-    errors = weights.errors.values()
-    if results: append_row(results/"quantize.jsonl", dict(kind="quantize", bits=bits, split=split, data=corpus.name, model=info["model"], step=info.get("step"),
-        bits_per_byte=judged[0], bits_per_byte_quantized=judged[1], bytes=weights.plain_bytes, bytes_quantized=weights.nbytes, errors=weights.errors))
-    table = Table(title=f"{out}, {bits:g} bits a pair of weights", show_header=True)
-    for name in ("", "before", "after"): table.add_column(name, justify="right" if name else "left")
-    table.add_row(f"bits per byte, {split}", *(f"{x:.4f}" for x in judged))
-    table.add_row("bytes on disk", f"{weights.plain_bytes:,}", f"{weights.nbytes:,}")
-    table.add_row("ratio", "1", f"{weights.ratio:.2f}")
-    table.add_row("error of a matrix, worst", "", f"{max(errors):.2%}")
+    made = {b: quantize_model(model, b)[1] for b in sizes}               # all of them, or none, are written
+    folders = {b: out if len(made) == 1 else out/f"{b:g}" for b in made}
+    for b, weights in made.items(): save_quantized(model, folders[b], weights=weights, **{k: v for k, v in info.items() if k != "model"})
+    judge = lambda m: run(m, corpus.splits[split], tok.bos_id, info.get("seq_len"))["bits_per_byte"]
+    before, after = judge(model), {}
+    for b, weights in made.items():
+        after[b] = judge(load_model(folders[b], default_device())[0])
+        if results: append_row(results/"quantize.jsonl", dict(kind="quantize", bits=b, split=split, data=corpus.name, model=info["model"], step=info.get("step"),
+            bits_per_byte=before, bits_per_byte_quantized=after[b], bytes=weights.plain_bytes, bytes_quantized=weights.nbytes, errors=weights.errors))
+    table, every = Table(title=str(out), caption="bits of a pair of weights"), list(made.values())
+    for name in ("", "before", *(f"{b:g} bits" for b in made)): table.add_column(name, justify="right" if name else "left")
+    table.add_row(f"bits per byte, {split}", *(f"{x:.4f}" for x in (before, *after.values())))
+    table.add_row("bytes on disk", *(f"{x:,}" for x in (every[0].plain_bytes, *(w.nbytes for w in every))))
+    table.add_row("ratio", "1", *(f"{w.ratio:.2f}" for w in every))
+    table.add_row("error of a matrix, worst", "", *(f"{max(w.errors.values()):.2%}" for w in every))
     Console().print(table)
 
 @cli.command("generate")
