@@ -65,7 +65,7 @@ bytes:     ## a byte model of both mixers in turn on WikiText-2, beside compress
 	@test -n '$(filter-out $(BIN)/okadfa,$(OKADFA))' || $(MAKE) --no-print-directory $(READY)
 	$(OKADFA) train --data $(DATA) --mixer spectral+softmax --credit bp --ortho 0 $(BYTES) --out runs/bytes --results results/bytes.jsonl
 	$(OKADFA) benchmark compression runs/bytes --data $(DATA) --stride 256 --out results
-	$(OKADFA) quantize runs/bytes --bits 4,6,8,10,12 --split test --out runs/bytes-quantized --results results
+	$(OKADFA) quantize runs/bytes --bits 6,8,11.7,12 --split test --out runs/bytes-quantized --results results
 
 # Hours on two cores. It may be stopped and started at will: finished rows are skipped, and a second `make ablate` beside the first shares the work.
 LRS       ?= 3e-3,6e-3,1e-2

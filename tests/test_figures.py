@@ -21,12 +21,12 @@ def test_readme_shows_the_rows_of_the_rules():
     for name in {r["data"] for r in rows}:
         assert markdown(summarise(select(rows, "rules", like=next(r for r in rows if r["data"] == name)))).strip() in between("rules")
 
-@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb")])
+@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb"), ("mixers", "fig_spectral.ipynb")])
 def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
 
-@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention", "spectral", "compression"])
+@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention", "spectral", "compression", "bytes", "quantize"])
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows
