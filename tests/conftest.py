@@ -40,4 +40,12 @@ def clean_env(root:Path) -> dict:
 @pytest.fixture
 def repo_copy(tmp_path): return copy_repo(tmp_path/"repo")
 
+@pytest.fixture
+def seeded():
+    "Seed, and one thread: tiny products are slower on several"
+    import torch
+    torch.manual_seed(0); threads = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 def pytest_configure(config): config.addinivalue_line("markers", "cuda: needs a CUDA device; `make gpu` runs these")

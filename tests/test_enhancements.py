@@ -12,12 +12,7 @@ SETS = [names for k in range(5) for names in itertools.combinations(NAMES, k)]
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-14}
 LENGTHS = 1, 2, 7, 33, 64, 100
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Seed, and one thread: tiny products are slower on several"
-    torch.manual_seed(0); threads = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 @torch.no_grad()
 def leak(f, n, d, dtype):

@@ -4,12 +4,7 @@ from torch import nn
 from okadfa.core import InputError, assert_rel
 from okadfa.dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices, layer_generator
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Seed, and one thread: tiny products are slower on several"
-    torch.manual_seed(0); threads = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 @pytest.mark.parametrize("kind, golden", [
     ("gaussian", {(0, 0, 0): -0.065179668, (0, 7, 15): -0.115564041, (1, 0, 0): 0.030980630, (1, 23, 3): -0.323211372}),

@@ -17,12 +17,7 @@ class Fixed:
     def __init__(self, *ws): self.ws = ws
     def projection_matrices(self, include_v=False): return self.ws
 
-@pytest.fixture(autouse=True)
-def seeded():
-    "Seed, and one thread: tiny products are slower on several"
-    torch.manual_seed(0); threads = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (9, 4), (1, 5, 1), (3, 17, 5), (2, 3, 8, 8), (2, 1, 3, 13, 6), (0, 8, 4)])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
