@@ -40,13 +40,13 @@ def fast_length(
     return best
 
 # %% ../../nbs/spectral/32_mixing.ipynb #c0000013
-WORK = 1 << 18      # numbers that one round of FFTs on a CPU works on
+WORK = 1 << 19      # numbers that one round of FFTs on a CPU works on
 
 def _some_rows(x, size): return x.shape[1] if x.is_cuda else max(1, WORK//(x.shape[0]*size))
 
-def _rows(x, H, size, gate=None, key=None):
-    "gate times the rows of x*key [b d n] through the filters with spectra H [d f] of length size"
-    out, step = x.new_empty(x.shape), _some_rows(x, size)
+def _rows(x, H, size, gate=None, key=None, out=None):
+    "gate times the rows of x*key [b d n] through the filters with spectra H [d f] of length size. `out` may be x"
+    out, step = x.new_empty(x.shape) if out is None else out, _some_rows(x, size)
     for at in (slice(i, i + step) for i in range(0, x.shape[1], step)):
         v = x[:, at] if key is None else x[:, at]*key[:, at]
         y = torch.fft.irfft(torch.fft.rfft(v.to(H.real.dtype), size).mul_(H[at]), size)[..., :x.shape[2]]
@@ -231,7 +231,7 @@ class SpectralMixing(nn.Module):
                 if self.gating == "double": v = v*gates[1]
                 y = _RowConv.apply(v.to(wide), self.filter(x.shape[1]).to(wide).mT).to(v.dtype)
                 if gates: y = y*gates[0]
-            else: y = _rows(v, *self._spectra(x.shape[1], wide), *gates)
+            else: y = _rows(v, *self._spectra(x.shape[1], wide), *gates, out=v)      # new memory is slow, and v is not needed again
         return self.out(y.mT)
 
     def make_state(self): return self.filter.make_state()
