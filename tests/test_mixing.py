@@ -154,6 +154,22 @@ def test_layer(filter, gating, b, n):
     assert_rel("evaluation with gradients", want, layer(x), 2e-6)
     with torch.no_grad(): assert_rel("evaluation", want, layer(x), 2e-6)
 
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("n", [1, 1023, 1025, 2100])
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 2e-6), (torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
+def test_inference_of_one_text_in_little_memory(gating, n, dtype, bound):
+    layer, x = SpectralMixing(7, 2100, "modes", gating).to(dtype), torch.randn(1, n, 7).to(dtype)
+    want, before = layer(x).detach(), x.clone()
+    layer.eval()
+    with torch.no_grad():
+        got = layer(x); kept = got.clone()
+        assert_rel("values", want, got, bound)
+        layer(-x)
+    assert torch.equal(x, before) and torch.equal(got, kept)      # it writes over memory of its own only
+    t = max(1, n//2)
+    if n > 1 and dtype != torch.bfloat16:
+        with torch.no_grad(): assert leak(layer, x, t) <= dict(float32=1e-6, float64=1e-14)[str(dtype)[6:]]
+
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("filter,gating", LAYERS)
 def test_the_layer_does_not_hear_the_future(filter, gating, dtype, bound):
@@ -235,7 +251,10 @@ def test_autocast_and_half_precision():
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x); assert y.dtype == torch.bfloat16
             assert_rel("autocast", want, y.float(), 3e-2)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): assert_rel("autocast", want, layer(x).float(), 3e-2)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            for one in (x, x[:1]):
+                assert layer(one).dtype == torch.bfloat16
+                assert_rel("autocast", want[:len(one)], layer(one).float(), 3e-2)
     y.float().square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in layer.parameters())
     half = copy.deepcopy(layer).bfloat16()
