@@ -26,6 +26,10 @@ def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
 
+def test_readme_shows_what_the_byte_model_reached():
+    shown = between("bytes")
+    assert re.search(r": 1\.\d{3} bits per byte", shown) and shown in printed("fig_bytes.ipynb")
+
 @pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention", "spectral", "compression", "bytes", "quantize"])
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
