@@ -816,8 +816,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'okadfa/spectral/mixing.py'),
                                         'okadfa.spectral.mixing.SpectralMixing.__init__': ( 'spectral/mixing.html#spectralmixing.__init__',
                                                                                             'okadfa/spectral/mixing.py'),
-                                        'okadfa.spectral.mixing.SpectralMixing._infer': ( 'spectral/mixing.html#spectralmixing._infer',
-                                                                                          'okadfa/spectral/mixing.py'),
                                         'okadfa.spectral.mixing.SpectralMixing._spectra': ( 'spectral/mixing.html#spectralmixing._spectra',
                                                                                             'okadfa/spectral/mixing.py'),
                                         'okadfa.spectral.mixing.SpectralMixing.distill': ( 'spectral/mixing.html#spectralmixing.distill',

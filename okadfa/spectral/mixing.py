@@ -223,29 +223,24 @@ class SpectralMixing(nn.Module):
         self._kept = None
         return super().train(mode)
 
-    def _infer(self, x):
-        "`forward` of one text [n d_model] without gradients. Memory that is new costs as much time as the FFTs, so there is little of it"
-        v, *gates = (_product(w, x) for w in self.into.weight.split(self.d_model))
-        y = _rows(v[None], *self._spectra(len(x), torch.promote_types(x.dtype, torch.float32)), *(g[None] for g in gates), out=v[None])[0]
-        return torch.mm(y.mT, self.out.weight.mT, out=gates[0].view(x.shape)) if gates else self.out(y.mT)
-
     def forward(self,
         x:Tensor,      # [b n d_model]
     ) -> Tensor:       # [b n d_model]
         "Raises `InputError` for a text longer than the filter"
         if x.numel() == 0: return x
         learns = self.training or torch.is_grad_enabled() or x.is_cuda
-        if not learns and len(x) == 1 and x.dtype == self.into.weight.dtype and not torch.is_autocast_enabled(x.device.type): return self._infer(x[0])[None]
-        # For one text the product gives channels as rows. For many a copy is better than many small products and a gradient of W for each
-        y = (self.into.weight @ x[0].mT)[None] if len(x) == 1 else self.into(x).mT.contiguous()
-        v, *gates = y.split(self.d_model, 1)
+        if not learns and len(x) == 1 and x.dtype == self.into.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            v, *gates = (_product(w, x[0])[None] for w in self.into.weight.split(self.d_model))
+        else:      # for one text the product gives channels as rows; for many a copy is better than many small products and a gradient of W for each
+            y = (self.into.weight @ x[0].mT)[None] if len(x) == 1 else self.into(x).mT.contiguous()
+            v, *gates = y.split(self.d_model, 1)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             if learns:
                 if self.gating == "double": v = v*gates[1]
                 y = _RowConv.apply(v.to(wide), self.filter(x.shape[1]).to(wide).mT).to(v.dtype)
                 if gates: y = y*gates[0]
-            else: y = _rows(v, *self._spectra(x.shape[1], wide), *gates, out=v)
+            else: y = _rows(v, *self._spectra(x.shape[1], wide), *gates, out=v)      # memory that is new costs as much time as the FFTs
         return self.out(y.mT)
 
     def make_state(self): return self.filter.make_state()
