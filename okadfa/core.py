@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['assert_rel', 'seed_everything', 'seeded_generator', 'default_device', 'gpu_context', 'LazyTriton', 'InputError',
-           'provenance', 'append_row', 'read_rows']
+           'Table', 'option', 'choices_of', 'check_choices', 'version_of', 'provenance', 'append_row', 'read_rows']
 
 # %% ../nbs/00_core.ipynb #c0000003
 import gc, hashlib, importlib.util, json, os, platform, random, signal, subprocess, threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import Field, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 import torch
@@ -54,41 +55,60 @@ def default_device() -> torch.device:
     "CUDA where there is one, else the CPU"
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+# %% ../nbs/00_core.ipynb #c0000023
+def _end_processes(processes) -> None:
+    "Ask, wait five seconds, insist"
+    for p in processes: p.terminate()
+    for p in processes: p.join(timeout=5)
+    for p in processes:
+        if p.is_alive(): p.kill(); p.join()
+
+def _free_memory(device:torch.device) -> None:
+    "Drop what nothing refers to, wait for all streams, give cached blocks back"
+    gc.collect()
+    if device.type != "cuda": return
+    try: torch.cuda.synchronize(device)
+    finally: torch.cuda.empty_cache()
+
 @contextmanager
-def gpu_context(
-    device:str|torch.device|None=None,   # None: CUDA where there is one, else the CPU
-):                                       # yields the `torch.device`
-    "Yield a device; on exit, error, interrupt or SIGTERM end the processes started inside, wait for the device's streams and free its memory"
-    import multiprocessing as mp
-    device = default_device() if device is None else torch.device(device)
-    before, owner = {p.pid for p in mp.active_children()}, os.getpid()
+def _sigterm_as_exit():
+    "Turn SIGTERM into SystemExit, so that `finally` blocks run. Yields a function after which it is ignored"
+    owner = os.getpid()
     def stop(signum, frame):
         if os.getpid() == owner: raise SystemExit(128 + signum)
         signal.signal(signum, signal.SIG_DFL); os.kill(os.getpid(), signum)      # a forked worker just ends
     # A handler that somebody else has set is left to them, and only the main thread may set one
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours: signal.signal(signal.SIGTERM, stop)
-    try: yield device
+    def ignore():
+        if ours: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try: yield ignore
     finally:
-        try:
-            if ours: signal.signal(signal.SIGTERM, signal.SIG_IGN)               # a second one does not end the tidying
-            new = [p for p in mp.active_children() if p.pid not in before]
-            for p in new: p.terminate()
-            for p in new: p.join(timeout=5)
-            for p in new:
-                if p.is_alive(): p.kill(); p.join()
-            gc.collect()
-            if device.type == "cuda":
-                try: torch.cuda.synchronize(device)
-                finally: torch.cuda.empty_cache()
+        if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# %% ../nbs/00_core.ipynb #c0000024
+@contextmanager
+def gpu_context(
+    device:str|torch.device|None=None,   # None: CUDA where there is one, else the CPU
+):                                       # yields the `torch.device`
+    """Yield a device; on exit, error, interrupt or SIGTERM end the processes started inside, wait for the device's
+    streams and free its memory"""
+    import multiprocessing as mp
+    device = default_device() if device is None else torch.device(device)
+    before = {p.pid for p in mp.active_children()}
+    with _sigterm_as_exit() as ignore_sigterm:
+        try: yield device
         finally:
-            if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            ignore_sigterm()                # a second one does not end the tidying
+            try: _end_processes([p for p in mp.active_children() if p.pid not in before])
+            finally: _free_memory(device)
 
 # %% ../nbs/00_core.ipynb #c0000013
 class LazyTriton:
     "Marks a module's functions as Triton kernels and compiles them at the first call"
     def __init__(self,
-        module:dict,      # `globals()` of the module; gets `tl`, `constexpr` and INTERPRETED (a constexpr bool) when Triton is loaded
+        module:dict,      # `globals()` of the module; once Triton is loaded it gets `tl`, `constexpr` and INTERPRETED
     ): self.module, self.names, self.triton = module, [], None
 
     def __call__(self, f:Callable) -> Callable:
@@ -100,7 +120,8 @@ class LazyTriton:
         "Import Triton and hand it the marked functions, once"
         if self.triton is None:
             import triton, triton.language as tl
-            self.module.update(tl=tl, constexpr=tl.constexpr, INTERPRETED=tl.constexpr(bool(triton.knobs.runtime.interpret)))
+            interpreted = tl.constexpr(bool(triton.knobs.runtime.interpret))
+            self.module.update(tl=tl, constexpr=tl.constexpr, INTERPRETED=interpreted)
             self.module.update({name: triton.jit(self.module[name]) for name in self.names})
             self.triton = triton
         return self.triton
@@ -111,13 +132,16 @@ class LazyTriton:
         instead:str="impl='ref'",  # what the message recommends
     ) -> str|None:                 # None where the kernels can run
         "One line that says why kernels cannot run on a device"
-        if importlib.util.find_spec("triton") is None: return f"triton is not installed: pip install triton, or use {instead}"
+        if importlib.util.find_spec("triton") is None:
+            return f"triton is not installed: pip install triton, or use {instead}"
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or later"
         if device.type != "cpu": return f"{name} is on {device}: move it to a CUDA device"
-        if not os.environ.get("TRITON_INTERPRET"): return f"{name} is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1 to check on the CPU"
-        from triton.language import sum     # Triton interprets its own functions only if it was told to before it was imported
+        if not os.environ.get("TRITON_INTERPRET"):
+            return f"{name} is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1 to check on the CPU"
+        # Triton interprets its own functions only if it was told to before it was imported
+        from triton.language import sum
         if type(sum).__name__ != "InterpretedFunction" or (self.load() and not self.module["INTERPRETED"].value):
             return "triton was imported before TRITON_INTERPRET=1 was set: set it first"
         return None
@@ -126,24 +150,81 @@ class LazyTriton:
 class InputError(ValueError):
     "Input that the user can mend: the message is one line that says how"
 
+# %% ../nbs/00_core.ipynb #c000001d
+class Table(dict):
+    "Names and what they stand for, in the order in which they were added"
+    def __init__(self,
+        what:str,      # what an entry is, for messages: "mixer", "estimator"
+        **entries,     # the library's own; nobody can take their names
+    ):
+        super().__init__(entries)
+        self.what, self.own = what, frozenset(entries)
+
+    def register(self, name:str, entry) -> None:
+        "Add an entry; a later one of the same name replaces it. Raises `InputError` for a name of the library's own"
+        if name in self.own: raise InputError(f"{self.what} {name!r} is the library's own: choose another name")
+        self[name] = entry
+
+    def find(self, name:str):
+        "The entry of a name. Raises `InputError` for one that is not there"
+        if name not in self: raise InputError(f"unknown {self.what} {name!r}, choose from {', '.join(self)}")
+        return self[name]
+
+# %% ../nbs/00_core.ipynb #c0000020
+def option(
+    default,                              # a value that cannot be changed in place
+    help:str,                             # one line
+    *,
+    choices=None,                         # what it may be: names, or a function without arguments that gives them
+    joined:bool=False,                    # several choices may stand in one word, with + between
+    group:str="",                         # heading under which `--help` shows it
+    flag:str="",                          # on the command line; default the field's name with dashes
+    argument:bool=False,                  # on the command line a word by itself, without a flag
+):
+    "A field of a settings dataclass"
+    shown = dict(help=help, choices=choices, joined=joined, group=group, flag=flag, argument=argument)
+    return field(default=default, metadata=shown)
+
+def choices_of(f:Field) -> Iterable[str]|None:
+    "What a field may be now; None where there is no list"
+    known = f.metadata.get("choices")
+    return known() if callable(known) else known
+
+def check_choices(settings) -> None:
+    "Raise `InputError` for the first field whose value is not one of its choices"
+    for f in fields(settings):
+        known, got, joined = choices_of(f), getattr(settings, f.name), f.metadata.get("joined")
+        if known is None or got is None or got == "": continue
+        for x in got if isinstance(got, tuple) else got.split("+") if joined else (got,):
+            if x in known: continue
+            several = ", or several joined by +" if joined else ""
+            raise InputError(f"{f.name} must be {' or '.join(known)}{several}, got {x!r}")
+
 # %% ../nbs/00_core.ipynb #c0000018
+def version_of(
+    package:str,     # as pip calls it
+) -> str|None:       # None where it is not installed
+    "Version of an installed package"
+    from importlib.metadata import PackageNotFoundError, version
+    try: return version(package)
+    except PackageNotFoundError: return None
+
 def provenance() -> dict:
     "Commit, time, versions and device: what a measured row must carry"
-    from importlib.metadata import PackageNotFoundError, version
-    def v(pkg):
-        try: return version(pkg)
-        except PackageNotFoundError: return None
     here = Path(globals().get("__file__", "nbs")).parent   # in a notebook the module has no file
     def git(*args):
         r = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
         return r.stdout.strip() if r.returncode == 0 else None
-    try: commit, dirty = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ":/okadfa")
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        dirty = git("status", "--porcelain", "--", ":/okadfa")
     except FileNotFoundError: commit = dirty = None   # a machine without git
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
     return dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=commit and commit + ("+" if dirty else ""), device=device, python=platform.python_version(),
-        torch=torch.__version__, triton=v("triton"), okadfa=v("okadfa"))
+        torch=torch.__version__, triton=version_of("triton"), okadfa=version_of("okadfa"))
 
+# %% ../nbs/00_core.ipynb #c0000025
 def append_row(
     path:str|Path,   # a `.jsonl` file, made with its folder where missing
     row:dict,        # what was measured; `provenance` is added
