@@ -1,14 +1,17 @@
 "Feedback matrices: golden values, kinds, shapes, devices and refusals"
-import copy, pytest, torch
+import copy, pickle
+import pytest, torch
 from torch import nn
 from okadfa.core import InputError, assert_rel
-from okadfa.dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices, layer_generator
+from okadfa.dfa.feedback import (FEEDBACK_KINDS, FeedbackKind, FeedbackMatrices, fixed_kinds, inner_kind,
+                                 layer_generator, orthogonal, register_feedback)
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 @pytest.mark.parametrize("kind, golden", [
     ("gaussian", {(0, 0, 0): -0.065179668, (0, 7, 15): -0.115564041, (1, 0, 0): 0.030980630, (1, 23, 3): -0.323211372}),
-    ("orthogonal", {(0, 0, 0): -0.072036795, (0, 7, 15): -0.186631858, (1, 0, 0): 0.024145445, (1, 23, 3): -0.279116839}),
+    ("orthogonal", {(0, 0, 0): -0.072036795, (0, 7, 15): -0.186631858,
+                    (1, 0, 0): 0.024145445, (1, 23, 3): -0.279116839}),
 ])
 def test_golden_values_at_seed_42(kind, golden):
     f = FeedbackMatrices([8, 24], 16, kind)
@@ -92,7 +95,8 @@ def test_orthogonal_is_haar():
 @pytest.mark.parametrize("d, d_final", [(16, 64), (64, 64), (128, 32)])
 def test_gaussian_keeps_the_variance_in_expectation(d, d_final):
     delta = torch.randn(d_final); delta = delta/delta.norm()      # one error, many matrices
-    gain = torch.stack([FeedbackMatrices([d], d_final, seed=s).local_error(0, delta).square().sum() for s in range(400)])
+    errors = [FeedbackMatrices([d], d_final, seed=s).local_error(0, delta) for s in range(400)]
+    gain = torch.stack(errors).square().sum(-1)
     want = d/d_final
     assert abs(gain.mean().item()/want - 1) < 5*(2/d/400)**.5     # chi-squared with d degrees, five standard errors
 
@@ -115,8 +119,68 @@ def test_calibrated_between_unequal_widths_and_through_a_checkpoint():
     for _ in range(3): a.begin(); a.observe(delta, [delta@t.T for t in true])
     b = FeedbackMatrices([6, 10], 8, "calibrated", refresh=1); b.load_state_dict(a.state_dict())
     for f in (a, b): f.begin(); f.observe(-delta, [delta@t.T for t in true])
-    for l in (0, 1): assert torch.equal(a.matrix(l), b.matrix(l)) and torch.cosine_similarity(true[l].flatten(), a.matrix(l).flatten(), 0) > .5
+    for l in (0, 1):
+        assert torch.equal(a.matrix(l), b.matrix(l))
+        assert torch.cosine_similarity(true[l].flatten(), a.matrix(l).flatten(), 0) > .5
     assert a.passes == b.passes == 4
+
+@pytest.mark.parametrize("decay", [.9, .2])
+def test_calibration_keeps_as_much_of_the_past_in_both_moments(decay):
+    "C and A_l after three samples, and the map that they give, by hand"
+    f, ridge = FeedbackMatrices([5, 8], 8, "calibrated", decay=decay, ridge=.1).double(), .1
+    c, a = torch.zeros(8, 8).double(), [torch.zeros(5, 8).double(), torch.zeros(8, 8).double()]
+    for _ in range(3):
+        delta = torch.randn(40, 8).double()
+        errors = [torch.randn(40, 5).double(), torch.randn(40, 8).double()]      # nothing that one map could explain
+        f.observe(delta, errors)
+        power = delta.square().mean()
+        c = decay*c + (1 - decay)*delta.T@delta/power/40
+        a = [decay*m + (1 - decay)*e.T@delta/power/40 for m, e in zip(a, errors)]
+    assert_rel("C", c, f.c, 1e-9)
+    for l, prior in enumerate((orthogonal(5, 8, 42, 0), torch.eye(8).double())):
+        assert_rel(f"A {l}", a[l], getattr(f, f"a{l}"), 1e-9)
+        inverse = torch.linalg.inv(c + ridge*c.diagonal().mean()*torch.eye(8).double())
+        assert_rel(f"B {l}", prior + (a[l] - prior@c)@inverse, f.matrix(l), 1e-7)
+
+def test_what_a_kind_says_of_itself():
+    assert fixed_kinds() == ["gaussian", "uniform", "orthogonal", "shared"]
+    assert [k for k in FEEDBACK_KINDS if not FEEDBACK_KINDS[k].stores] == ["identity"]
+    for name, kind in FEEDBACK_KINDS.items():
+        wide = kind.make(6, 4, 0, 0) if kind.any_widths else None
+        assert kind.title and (wide is None or wide.shape == (6, 4))
+        assert (kind.make(4, 4, 0, 0) is not None) == kind.stores
+        assert inner_kind(name) == (name if name in fixed_kinds() else "orthogonal")
+        if not kind.any_widths:
+            with pytest.raises(InputError): kind.make(6, 4, 0, 0)
+
+def ones(d, d_final, seed, l): return torch.ones(d, d_final, dtype=torch.float64)
+
+def test_a_kind_from_outside():
+    register_feedback("ones", FeedbackKind(ones, title="ones"))
+    try:
+        f = FeedbackMatrices([2, 3], 4, "ones")
+        assert torch.equal(f.local_error(1, torch.ones(4)), torch.full((3,), 4.)) and not f.state_dict()
+        assert "ones" in fixed_kinds() and inner_kind("ones") == "ones" and f.statistics()[0]["expected_std"] != 0
+        register_feedback("ones", FeedbackKind(ones, learns="activity"))          # a later one replaces it
+        assert FeedbackMatrices([2], 4, "ones").state_dict() and "ones" not in fixed_kinds()
+        register_feedback("ones", FeedbackKind(lambda d, f, seed, l: torch.ones(f, d)))
+        with pytest.raises(InputError, match=r"made \(4, 2\) for layer 0"): FeedbackMatrices([2], 4, "ones")
+    finally: FEEDBACK_KINDS.pop("ones", None)
+
+@pytest.mark.parametrize("name, kind, word", [
+    ("gaussian", FeedbackKind(ones), "own"), ("x", FeedbackKind(ones, learns="somehow"), "learns must be"),
+    ("x", FeedbackKind(ones, learns="errors", stores=False), "stores nothing")])
+def test_kinds_from_outside_that_are_refused(name, kind, word):
+    with pytest.raises(InputError, match=word): register_feedback(name, kind)
+    assert "x" not in FEEDBACK_KINDS
+
+def test_a_copy_elsewhere_need_not_know_the_kind():
+    "What another process unpickles was registered in this one"
+    FEEDBACK_KINDS["ones"] = FeedbackKind(ones, shared=True)
+    try: data = pickle.dumps(FeedbackMatrices([2, 3], 4, "ones"))
+    finally: del FEEDBACK_KINDS["ones"]
+    f = pickle.loads(data)
+    assert torch.equal(f.local_error(1, torch.ones(4)), torch.full((3,), 4.))
 
 def test_bytes():
     f = FeedbackMatrices([10, 20], 7)
@@ -132,11 +196,13 @@ def test_statistics(kind, dims, d_final):
         assert abs(r["std"]/r["expected_std"] - 1) < .06 and abs(r["mean"]) < .02
         b = FeedbackMatrices(dims, d_final, kind).matrix(r["layer"]).double()
         assert abs(r["spectral_norm"] - torch.linalg.matrix_norm(b, 2).item()) < 1e-6
-        if kind in ("gaussian", "uniform", "shared"): assert abs(r["spectral_norm"]/(1 + (d/d_final)**.5) - 1) < .15 and r["gram_error"] > .1
+        if kind in ("gaussian", "uniform", "shared"):
+            assert abs(r["spectral_norm"]/(1 + (d/d_final)**.5) - 1) < .15 and r["gram_error"] > .1
         else: assert r["gram_error"] < 1e-6
 
 def test_a_new_kind_is_one_entry_of_the_table(monkeypatch):
-    kind = FEEDBACK_KINDS["gaussian"]._replace(make=lambda d, f, seed, l: torch.full((d, f), float(l), dtype=torch.float64))
+    def constant(d, d_final, seed, l): return torch.full((d, d_final), float(l), dtype=torch.float64)
+    kind = FEEDBACK_KINDS["gaussian"]._replace(make=constant)
     monkeypatch.setitem(FEEDBACK_KINDS, "constant", kind)
     assert torch.equal(FeedbackMatrices([2, 2], 3, "constant").local_error(1, torch.ones(3)), torch.full((2,), 3.))
 
@@ -146,10 +212,12 @@ def test_layer_generator_uses_all_of_seed_and_layer():
     assert len(first) == 20
 
 @pytest.mark.parametrize("make, word", [
-    (lambda: FeedbackMatrices([8], 8, "nope"), "gaussian, uniform, orthogonal, shared, identity"), (lambda: FeedbackMatrices([], 8), "empty"),
+    (lambda: FeedbackMatrices([8], 8, "nope"), "gaussian, uniform, orthogonal, shared, identity"),
+    (lambda: FeedbackMatrices([], 8), "empty"),
     (lambda: FeedbackMatrices([8, 0], 8), "1 or more"), (lambda: FeedbackMatrices([8], 0), "1 or more"),
     (lambda: FeedbackMatrices([8, 4], 8, "identity"), "layer 1 has 4"),
-    (lambda: FeedbackMatrices([8], 8, "calibrated", refresh=0), "refresh"), (lambda: FeedbackMatrices([8], 8, ridge=0.), "ridge"),
+    (lambda: FeedbackMatrices([8], 8, "calibrated", refresh=0), "refresh"),
+    (lambda: FeedbackMatrices([8], 8, ridge=0.), "ridge"),
     (lambda: FeedbackMatrices([8], 8).matrix(1), "counted from 0"),
     (lambda: FeedbackMatrices([8], 8).matrix(-1), "counted from 0"),
     (lambda: FeedbackMatrices([8], 8).local_error(2, torch.randn(8)), "counted from 0"),

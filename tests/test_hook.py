@@ -1,4 +1,4 @@
-"The DFA hook where it is used for real: accumulation, autocast, recomputation, frozen blocks, crashes, a thousand steps"
+"The DFA hook in real use: accumulation, autocast, recomputation, frozen blocks, crashes, a thousand steps"
 import gc
 import pytest, torch
 from torch import nn
@@ -14,14 +14,20 @@ def model(**kw): return LanguageModel(LMConfig(**(SIZE | dict(feedback="gaussian
 def text(b=4, n=17, seed=0): return torch.randint(30, (2, b, n), generator=torch.Generator().manual_seed(seed))
 def grads(m): return {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
 
+def spy_on_output(module, key, seen):
+    "Leave the gradient that arrives at a module's output in seen[key]"
+    def hook(mod, args, out): out.register_hook(lambda g: seen.__setitem__(key, g))
+    return module.register_forward_hook(hook)
+
+def spy_on_input(module, key, seen):
+    "Leave the gradient that arrives at a module's input in seen[key]"
+    def hook(mod, args): args[0].register_hook(lambda g: seen.__setitem__(key, g))
+    return module.register_forward_pre_hook(hook)
+
 def arrivals(m, loss):
     "The gradient that arrives at each block's output, and at the top"
-    seen, handles = {}, []
-    def spy(l):
-        def hook(mod, args, out): out.register_hook(lambda g: seen.__setitem__(l, g))
-        return hook
-    for l, b in enumerate(m.blocks): handles.append(b.register_forward_hook(spy(l)))
-    handles.append(m.norm.register_forward_pre_hook(lambda mod, args: args[0].register_hook(lambda g: seen.__setitem__("top", g)) and None))
+    seen = {}
+    handles = [spy_on_output(b, l, seen) for l, b in enumerate(m.blocks)] + [spy_on_input(m.norm, "top", seen)]
     loss().backward()
     for h in handles: h.remove()
     return seen
@@ -44,7 +50,8 @@ def test_nothing_crosses_a_boundary(cut):
     m, (ids, targets) = model(), text()
     m.loss(ids, targets).backward(); before = grads(m)
     m.zero_grad()
-    handles = [b.register_full_backward_hook(lambda mod, gi, go: tuple(g*1e6 for g in gi)) for l, b in enumerate(m.blocks) if l != cut]
+    def fire(mod, gi, go): return tuple(g*1e6 for g in gi)
+    handles = [b.register_full_backward_hook(fire) for l, b in enumerate(m.blocks) if l != cut]
     m.loss(ids, targets).backward()
     for n, g in grads(m).items():
         if n.startswith(f"blocks.{cut}."): assert torch.equal(g, before[n]), n
@@ -99,17 +106,19 @@ def test_all_frozen_but_the_head():
 @pytest.mark.parametrize("rounds,same", [(0, False), (1, False), (3, True), (7, True)])
 def test_rounds_end_at_backpropagation(rounds, same):
     m, (ids, targets) = model(rounds=rounds), text()
-    r = compare_gradients(m.loss(ids, targets), m.loss(ids, targets, credit="bp"), {"blocks": list(m.blocks.parameters()), "embed": list(m.embed.parameters())})
+    groups = {"blocks": list(m.blocks.parameters()), "embed": list(m.embed.parameters())}
+    r = compare_gradients(m.loss(ids, targets), m.loss(ids, targets, credit="bp"), groups)
     assert (r["blocks"]["error"] < 1e-16) == same and (r["embed"]["error"] < 1e-16) == same
 
 @pytest.mark.parametrize("embedding", ["block", "direct", "none"])
 def test_embedding_credit(embedding):
     m, (ids, targets) = model(embedding_credit=embedding, feedback="identity"), text()
     seen = {}
-    m.embed.register_forward_hook(lambda mod, args, out: out.register_hook(lambda g: seen.__setitem__("embed", g)) and None)
+    spy_on_output(m.embed, "embed", seen)
     seen |= arrivals(m, lambda: m.loss(ids, targets))
     if embedding == "none": assert "embed" not in seen
-    if embedding == "direct": assert_rel("direct", seen["top"]*16**0.5, seen["embed"], 1e-12)     # the stem multiplies by sqrt(d_model)
+    if embedding == "direct":                                       # the stem multiplies by sqrt(d_model)
+        assert_rel("direct", seen["top"]*16**0.5, seen["embed"], 1e-12)
     if embedding == "block": assert torch.cosine_similarity(seen["embed"].flatten(), seen["top"].flatten(), 0) < 0.9999
 
 def test_error_at_the_logits():
@@ -148,7 +157,7 @@ def test_one_hook_survives_a_pass_that_died():
     assert_rel("block 0", torch.ones(3)*2, blocks[0].bias.grad, 1e-6)
 
 def test_evaluation_is_untouched():
-    m, (ids, targets) = model(), text()
+    m, (ids, _) = model(), text()
     with torch.no_grad(): a = m(ids)
     assert hooks(m) == 0 and not a.requires_grad and torch.equal(a, m(ids).detach())
 
@@ -169,7 +178,7 @@ def test_a_thousand_steps_do_not_grow():
             assert tensors() <= start
             objects = len(gc.get_objects())
             for _ in range(200): step()
-            assert len(gc.get_objects()) - objects < 100       # without the collector's help: no reference cycles either
+            assert len(gc.get_objects()) - objects < 100       # without the collector's help: no cycles either
     finally: gc.enable()
 
 def test_refusals():
@@ -177,7 +186,7 @@ def test_refusals():
     m = LanguageModel(LMConfig(**SIZE, credit="bp"))
     with pytest.raises(InputError, match="no feedback"): m.loss(*text(), credit="dfa")
 
-# --- what a plain reference says: the stack by hand, one detached block at a time ---------------------------------------
+# --- what a plain reference says: the stack by hand, one detached block at a time -----------------------------------
 
 def by_hand(m, ids, targets, errors):
     "Gradients of the blocks when block l's output gets errors(delta, inputs, outputs)[l]"
@@ -229,6 +238,8 @@ def test_stages_backpropagate_inside(stages):
         return es
     check_blocks(m, *text(), errors)
 
+def rms(x): return x.square().mean().sqrt()
+
 @pytest.mark.parametrize("norm", ["batch", "token"])
 def test_normalised_errors(norm):
     m, (ids, targets) = model(error_norm=norm), text()
@@ -236,18 +247,87 @@ def test_normalised_errors(norm):
     seen = arrivals(m, lambda: m.loss(ids, targets))
     for l in range(4):
         e = seen["top"] @ m.feedback.matrix(l).double().T
-        size = e.square().mean().sqrt() if norm == "batch" else e.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        assert_rel(f"block {l}", e/size/targets.numel(), seen[l], 1e-6)
+        if norm == "token": e = e/e.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        assert_rel(f"block {l}", e/rms(e)*rms(seen["top"]), seen[l], 1e-6)
         assert (seen[l][0, :3] == 0).all()                  # a token that does not count has no error, at any scale
 
+NORMED = [dict(), dict(rounds=1), dict(granularity="full"), dict(error_site="logits"), dict(embedding_credit="direct"),
+          dict(feedback="identity", half_round=True)]
+
+@pytest.mark.parametrize("norm", ["none", "batch", "token"])
+@pytest.mark.parametrize("kw", NORMED, ids=lambda kw: " ".join(map(str, kw.values())) or "plain")
+def test_errors_follow_the_size_of_the_loss(norm, kw):
+    "Twice the loss is twice the gradient, half the loss twice is the loss: accumulation and loss scaling rely on it"
+    m, (ids, targets) = model(error_norm=norm, **kw), text()
+    targets[0, :3] = -100
+    m.loss(ids, targets).backward()
+    once = grads(m)
+    m.zero_grad()
+    (2*m.loss(ids, targets)).backward()
+    for n, g in grads(m).items(): assert_rel(f"twice {n}", 2*once[n], g, 1e-9)
+    m.zero_grad()
+    for _ in range(2): (m.loss(ids, targets)/2).backward()
+    for n, g in grads(m).items(): assert_rel(f"halves {n}", once[n], g, 1e-9)
+
+@pytest.mark.parametrize("norm", ["batch", "token"])
+def test_accumulation_over_parts_has_the_size_of_the_whole(norm):
+    "Each part has its own statistics, so not to the bit; a size that ignores the loss would be twice as large"
+    m, (ids, targets) = model(error_norm=norm), text(b=16)
+    m.loss(ids, targets).backward()
+    whole = torch.cat([p.grad.flatten() for p in m.blocks.parameters()])
+    m.zero_grad()
+    for part in (slice(0, 8), slice(8, 16)): (m.loss(ids[part], targets[part])/2).backward()
+    parts = torch.cat([p.grad.flatten() for p in m.blocks.parameters()])
+    assert (parts - whole).norm() < .1*whole.norm()
+
+@pytest.mark.parametrize("norm", ["batch", "token"])
+def test_errors_from_the_logits_get_the_size_at_the_top_of_the_stream(norm):
+    m, (ids, targets) = model(error_site="logits", error_norm=norm), text()
+    logits = m(ids)
+    logits.retain_grad()
+    seen = arrivals(m, lambda: nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    one_by_one = grads(m)
+    m.zero_grad()
+    seen = arrivals(m, lambda: m.loss(ids, targets, chunk=7))
+    for l in range(4):
+        e = logits.grad @ m.feedback.matrix(l).double().T
+        if norm == "token": e = e/e.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        assert_rel(f"block {l}", e/rms(e)*rms(seen["top"]), seen[l], 1e-6)
+    for n, g in grads(m).items(): assert_rel(n, one_by_one[n], g, 1e-6)
+
+@pytest.mark.parametrize("kw", [dict(), dict(rounds=1), dict(embedding="none"), dict(site="caller"),
+                                dict(site="caller", error_norm="batch")], ids=str)
+def test_the_gradient_at_a_cut_is_not_kept(kw):
+    "Nobody reads it, and it would be one more tensor [b n d] a block"
+    blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    cuts, arrived = [], set()
+    def look(mod, args):
+        if not args[0].is_leaf or args[0] is x: return
+        cuts.append(args[0])
+        i = len(cuts)
+        args[0].register_hook(lambda g: arrived.add(i) and None)
+    x = torch.randn(2, 3)
+    with DFAHook(blocks, FeedbackMatrices([3]*4, 3), **kw) as hook:
+        handles = [b.register_forward_pre_hook(look) for b in blocks]      # later than the hook's own: they see the cut
+        h = x
+        for b in blocks: h = b(h)
+        for handle in handles: handle.remove()
+        if "site" in kw:
+            look(None, (h,))
+            h = hook.broadcast(2*h)
+    h.square().sum().backward()
+    below, top = kw.get("embedding") == "none", kw == dict(site="caller")     # with a norm the top is no leaf
+    assert len(cuts) == 3 + below + top and len(arrived) == len(cuts)         # gradients did arrive
+    assert all(cut.grad is None for cut in cuts)
+
 def test_direct_feedback_inside_the_mlp_is_its_formula():
-    "Third level: delta_1 = (B delta) * phi'(z), grad W_1 = delta_1^T h_0; W_2, which ends the branch, gets the error itself"
+    "Third level: delta_1 = (B delta) * phi'(z), grad W_1 = delta_1^T h_0; W_2, the branch's end, gets the error itself"
     m, (ids, targets) = model(granularity="full", feedback="gaussian"), text()
     reads = {}
     for l, b in enumerate(m.blocks):
         b.mlp[0].register_forward_pre_hook(lambda mod, args, l=l: reads.__setitem__(l, args[0].detach()))
     seen = {}
-    m.norm.register_forward_pre_hook(lambda mod, args: args[0].register_hook(lambda g: seen.__setitem__("top", g)) and None)
+    spy_on_input(m.norm, "top", seen)
     m.loss(ids, targets).backward()
     got, delta = grads(m), seen["top"].flatten(0, 1)
     for l, b in enumerate(m.blocks):
@@ -257,22 +337,25 @@ def test_direct_feedback_inside_the_mlp_is_its_formula():
         slope, = torch.autograd.grad(h1.sum(), z)
         d1 = (delta @ m.inner_feedback.matrix(l).double().T)*slope
         e = delta @ m.feedback.matrix(2*l + 1).double().T
-        for name, ref in (("0.weight", d1.T @ h0), ("0.bias", d1.sum(0)), ("2.weight", e.T @ h1.detach()), ("2.bias", e.sum(0))):
+        refs = {"0.weight": d1.T @ h0, "0.bias": d1.sum(0), "2.weight": e.T @ h1.detach(), "2.bias": e.sum(0)}
+        for name, ref in refs.items():
             assert_rel(f"block {l} {name}", ref, got[f"blocks.{l}.feed.body.{name}"], 1e-6)
 
 def test_micro_cuts_between_the_branches():
     m, (ids, targets) = model(granularity="micro", feedback="orthogonal"), text()
-    seen, handles = {}, []
+    at_branch = {}
     for l, b in enumerate(m.blocks):
-        for i, branch in enumerate((b.attend, b.feed)):
-            branch.register_forward_hook(lambda mod, args, out, k=2*l + i: out.register_hook(lambda g: seen.__setitem__(k, g)) and None)
-    seen |= arrivals(m, lambda: m.loss(ids, targets))            # its own keys 0..3 are blocks: overwritten by the same tensors below
+        for i, branch in enumerate((b.attend, b.feed)): spy_on_output(branch, 2*l + i, at_branch)
+    seen = arrivals(m, lambda: m.loss(ids, targets))
+    for k, e in at_branch.items(): assert_rel(f"branch {k}", seen["top"] @ m.feedback.matrix(k).double().T, e, 1e-6)
+    assert len(at_branch) == 8
     delta, got = seen["top"], grads(m)
     x = m.embed(ids)*4.
     for l, b in enumerate(m.blocks):
         for i, branch in enumerate((b.attend, b.feed)):
-            ref = torch.autograd.grad(branch(x.detach()), list(branch.parameters()), delta @ m.feedback.matrix(2*l + i).double().T)
-            for (n, _), r in zip(branch.named_parameters(), ref): assert_rel(n, r, got[f"blocks.{l}.{('attend', 'feed')[i]}.{n}"], 1e-6)
+            e, name = delta @ m.feedback.matrix(2*l + i).double().T, f"blocks.{l}.{('attend', 'feed')[i]}"
+            ref = torch.autograd.grad(branch(x.detach()), list(branch.parameters()), e)
+            for (n, _), r in zip(branch.named_parameters(), ref): assert_rel(n, r, got[f"{name}.{n}"], 1e-6)
             x = branch(x)
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
@@ -295,7 +378,7 @@ def test_calibration_sees_the_true_errors_and_only_when_due():
     m, (ids, targets) = model(feedback="calibrated", refresh=3), text()
     asked, observe = [], m.feedback.observe
     m.feedback.observe = lambda delta, errors: (asked.append((delta, errors)), observe(delta, errors))
-    for i in range(7): m.loss(ids, targets).backward()
+    for _ in range(7): m.loss(ids, targets).backward()
     assert len(asked) == 3
     true = arrivals(m, lambda: m.loss(ids, targets, credit="bp"))
     for l, e in enumerate(asked[0][1]): assert_rel(f"block {l}", true[l], e, 1e-9)
@@ -307,13 +390,13 @@ def test_calibration_does_not_touch_the_gradients_of_its_own_probe():
     m, (ids, targets) = model(feedback="calibrated", refresh=1), text()
     m.loss(ids, targets).backward(); m.zero_grad()
     m.loss(ids, targets).backward(); got = grads(m)
-    check = {n: g for n, g in by_hand(m, ids, targets, lambda d, i, o: [d @ m.feedback.matrix(l).double().T for l in range(4)]).items()}
-    for n, g in check.items(): assert_rel(n, g, got[n], 1e-5)
+    def errors(d, i, o): return [d @ m.feedback.matrix(l).double().T for l in range(4)]
+    for n, g in by_hand(m, ids, targets, errors).items(): assert_rel(n, g, got[n], 1e-5)
 
 def test_calibrated_errors_are_closer_on_text_never_seen():
     m = model(feedback="calibrated", refresh=1, n_layers=4).float()
     with torch.no_grad():                                          # branches of a trained model's size
-        for n, p in m.blocks.named_parameters(): p.mul_(4 if p.ndim > 1 else 1)
+        for p in m.blocks.parameters(): p.mul_(4 if p.ndim > 1 else 1)
     for seed in range(20): m.loss(*text(b=16, seed=seed)).backward()
     ids, targets = text(b=16, seed=99)
     true = arrivals(m, lambda: m.loss(ids, targets, credit="bp"))

@@ -1,16 +1,20 @@
-"The unlocked backward pass: any order, equal to the hook and to one process, two processes that fail together, the cost model's facts"
-import itertools, os, signal, subprocess, sys, time
+"The unlocked backward pass: any order, equal to the hook and to one process; the cost model's facts; the pipeline"
+import itertools, time
 import pytest, torch
 import torch.distributed as dist
 from torch import nn
 from okadfa.core import InputError, assert_rel
 from okadfa.dfa.feedback import FeedbackMatrices
-from okadfa.dfa.parallel import (Stage, Task, UnlockedStack, balance, pipeline_step, pipeline_tasks, run_processes, simulate, step_time, sum_tied)
+from okadfa.dfa.parallel import UnlockedStack
+from okadfa.dfa.pipeline import Stage, pipeline_step, sum_tied
+from okadfa.dfa.schedule import RULES, Task, blocks_per_stage, pipeline_tasks, simulate, step_time
 from okadfa.models.lm import LMConfig, LanguageModel
-from okadfa.run.benchmark import benchmark_pipeline, model_stages
+from okadfa.processes import run_processes
+from okadfa.models.stages import model_stages
 
 def model(**kw):
-    return LanguageModel(LMConfig(**(dict(vocab_size=30, d_model=16, n_layers=4, n_heads=2, max_len=32, credit="dfa", feedback="gaussian") | kw))).double()
+    size = dict(vocab_size=30, d_model=16, n_layers=4, n_heads=2, max_len=32, credit="dfa", feedback="gaussian")
+    return LanguageModel(LMConfig(**(size | kw))).double()
 def text(b=5, n=17, seed=0): return torch.randint(30, (2, b, n), generator=torch.Generator().manual_seed(seed))
 def grads(m): return {n: p.grad.clone() for n, p in m.named_parameters()}
 
@@ -72,7 +76,8 @@ def test_what_is_kept(recompute):
     stack, calls, inside = UnlockedStack(m.blocks, m.feedback, recompute=recompute), [], []
     handles = [b.register_forward_pre_hook(lambda *a: calls.append(1)) for b in m.blocks]
     x = m.embed(ids).detach()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: inside.append(t.numel()) or t, lambda t: t): top, tape = stack(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: inside.append(t.numel()) or t, lambda t: t):
+        top, tape = stack(x)
     assert inside == [x.numel()]*4 if recompute else sum(inside) > 4*10*x.numel()
     tape.backward(torch.ones_like(top))
     assert len(calls) == 4*(1 + recompute)
@@ -110,10 +115,11 @@ def test_by_hand():
     assert [step_time(2, 1, r) for r in ("bp", "zb", "dfa")] == [6, 5, 4]
     assert [step_time(2, 2, r) for r in ("bp", "dfa")] == [9, 7]
     assert [step_time(2, 1, r, recompute=True) for r in ("bp", "dfa")] == [8, 5]
-    assert step_time(2, 1, "bp", link=.5) == 7 and step_time(2, 1, "dfa", link=.5) == 5           # up, and the error down
+    assert step_time(2, 1, "bp", link=.5) == 7 and step_time(2, 1, "dfa", link=.5) == 5     # up, and the error down
     assert step_time(2, 1, "bp", head=1) == 7 and step_time(2, 1, "dfa", head=1) == 5
-    assert step_time(2, 1, "bp", forward=[1, 2], backward=[3, 4]) == 10 and step_time(2, 1, "dfa", forward=[1, 2], backward=[3, 4]) == 7
-    for r in range(4): assert step_time(3, 1, "dfa", rounds=r) == 5 + r                              # a round is an input gradient, 1
+    uneven = dict(forward=[1, 2], backward=[3, 4])
+    assert step_time(2, 1, "bp", **uneven) == 10 and step_time(2, 1, "dfa", **uneven) == 7
+    for r in range(4): assert step_time(3, 1, "dfa", rounds=r) == 5 + r         # a round is an input gradient, 1
 
 @pytest.mark.parametrize("M", [1, 2, 5])
 def test_facts(M):
@@ -122,30 +128,43 @@ def test_facts(M):
     for S in (1, 2, 4, 7):
         times = [step_time(S, M, r, head=.3, link=.1) for r in ("dfa", "zb", "bp")]
         assert times == sorted(times)
-        for rule in ("bp", "zb", "dfa"):
+        for rule in RULES:
             tasks = pipeline_tasks(S, M, rule, head=.3)
             spans = simulate(tasks, .1)
-            assert len(spans) == len(tasks) and max(s.end for s in spans) >= max(sum(t.time for t in tasks if t.stage == s) for s in range(S)) - 1e-9
+            busiest = max(sum(t.time for t in tasks if t.stage == s) for s in range(S))
+            assert len(spans) == len(tasks) and max(s.end for s in spans) >= busiest - 1e-9
             for s in range(S):                                    # a stage does one thing at a time
                 mine = [x for x in spans if x.stage == s]
                 assert all(a.end <= b.start + 1e-9 for a, b in zip(mine, mine[1:]))
             work = lambda kinds: sum(t.time for t in tasks if t.kind in kinds)
             assert abs(work(("backward", "input", "weight")) - 2*S*M) < 1e-9 and work(("forward",)) == S*M
 
-def test_cost_model_refuses():
-    for bad in (dict(rule="gpipe"), dict(stages=0), dict(microbatches=0), dict(rule="bp", rounds=1), dict(forward=[1, 1, 1]), dict(rounds=-1)):
-        with pytest.raises(InputError): step_time(**(dict(stages=2) | bad))
-    with pytest.raises(InputError, match="wait for one another"): simulate([Task("a", 0, 0, 1, [("b", 0, 0)]), Task("b", 0, 0, 1)])
+@pytest.mark.parametrize("S,M,rounds", [(1, 1, 1), (3, 2, 0), (3, 2, 1), (4, 1, 2)])
+def test_recomputation_is_one_forward_pass_more(S, M, rounds):
+    for rule in RULES:
+        if rounds and rule != "dfa": continue
+        plain, again = (pipeline_tasks(S, M, rule, rounds=rounds, recompute=r, forward=.7) for r in (False, True))
+        for s in range(S):
+            work = [sum(t.time for t in tasks if t.stage == s) for tasks in (plain, again)]
+            assert abs(work[1] - work[0] - .7*M) < 1e-9
 
-def test_balance():
+def test_cost_model_refuses():
+    for bad in (dict(rule="gpipe"), dict(stages=0), dict(microbatches=0), dict(rule="bp", rounds=1),
+                dict(forward=[1, 1, 1]), dict(rounds=-1)):
+        with pytest.raises(InputError): step_time(**(dict(stages=2) | bad))
+    with pytest.raises(InputError, match="wait for one another"):
+        simulate([Task("a", 0, 0, 1, [("b", 0, 0)]), Task("b", 0, 0, 1)])
+
+def test_blocks_per_stage():
     for n, S, head in itertools.product((1, 5, 12, 13), (1, 2, 5), (0, .5, 3)):
         if S > n: continue
-        sizes = balance(n, S, head)
-        load = [s + head*(i == S - 1) for i, s in enumerate(sizes)]
+        sizes = blocks_per_stage(n, S, head)
+        def busiest(sizes): return max(s + head*(i == S - 1) for i, s in enumerate(sizes))
         assert sum(sizes) == n and min(sizes) >= 1
-        best = min(max(a + head*(i == S - 1) for i, a in enumerate(c)) for c in itertools.product(range(1, n + 1), repeat=S) if sum(c) == n) if n < 9 else max(load)
-        assert max(load) == best
-    with pytest.raises(InputError): balance(2, 3)
+        if n >= 9: continue                                       # too many ways to cut
+        cuts = (c for c in itertools.product(range(1, n + 1), repeat=S) if sum(c) == n)
+        assert busiest(sizes) == min(map(busiest, cuts))
+    with pytest.raises(InputError): blocks_per_stage(2, 3)
 
 # ---- processes
 
@@ -176,7 +195,7 @@ def test_processes_give_the_gradients_of_one(sizes, microbatches, recompute):
             got, want = result[rule][1], {n: p.grad for n, p in part.named_parameters()}
             assert want.keys() == got.keys()
             for n in got: assert_rel(f"{rule} {n}", want[n], got[n], 1e-10)
-        assert torch.equal(results[0][rule][1][TIED[0]], results[-1][rule][1][TIED[1]])       # the copies stay equal to the bit
+        assert torch.equal(results[0][rule][1][TIED[0]], results[-1][rule][1][TIED[1]])     # equal to the bit
         ran = {(s.kind, s.stage, s.microbatch) for r in results for s in r[rule][2]}
         assert ran == {(t.kind, t.stage, t.microbatch) for t in pipeline_tasks(len(sizes), microbatches, rule)}
 
@@ -212,53 +231,3 @@ def test_stages_overlap_as_the_model_says():
     stages = [Stage([Nap()], B, stem=Lift()), Stage([Nap()], B, first=1, head=Gap())]
     for (rule, m), seconds in run_processes(naps, [(s, ids, targets) for s in stages], timeout=100)[0].items():
         assert abs(seconds/step_time(2, m, rule, forward=.1, backward=.2) - 1) < .15, (rule, m, seconds)
-
-def one_fails(rank, how):
-    if rank == 1:
-        if how == "raise": raise KeyError("the second process")
-        if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)                                  # the other one would go on
-
-@pytest.mark.parametrize("how,message", [("raise", "process 1 failed: KeyError: 'the second process'"), ("kill", "process 1 ended with code -9")])
-def test_a_failure_ends_all_and_is_told(how, message):
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=message): run_processes(one_fails, [(0, how), (1, how)], timeout=100)
-    assert time.monotonic() - start < 60
-
-def test_time_limit(tmp_path):
-    with pytest.raises(TimeoutError): run_processes(leave_pid, [(str(tmp_path/"pid"),)], timeout=12)
-    pid = int((tmp_path/"pid").read_text())
-    with pytest.raises(ProcessLookupError): os.kill(pid, 0)        # it is gone
-
-def test_a_killed_caller_leaves_nobody(tmp_path):
-    code = "import sys; from okadfa.dfa.parallel import run_processes; from test_parallel import leave_pid; run_processes(leave_pid, [(sys.argv[1],)])"
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"pid")], env=env)
-    def wait_for(what, seconds=60):
-        end = time.monotonic() + seconds
-        while not what(): assert time.monotonic() < end; time.sleep(.1)
-    try: wait_for(lambda: (tmp_path/"pid").exists() and (tmp_path/"pid").read_text())
-    finally: caller.kill(); caller.wait()
-    def gone():
-        try: os.kill(int((tmp_path/"pid").read_text()), 0); return False
-        except ProcessLookupError: return True
-    wait_for(gone, 20)
-
-def leave_pid(path):
-    with open(path, "w") as f: f.write(str(os.getpid()))
-    time.sleep(600)
-
-def test_refused_workers():
-    with pytest.raises(InputError, match="GPU"): run_processes(one_fails, [(0, "")]*99, device="cuda")
-    local = lambda: None
-    local.__module__ = "__main__"
-    with pytest.raises(InputError, match="module"): run_processes(local, [()])
-
-def test_benchmark_rows(tmp_path):
-    rows = benchmark_pipeline(microbatches=(2,), n_layers=3, d=16, n=9, b=4, vocab=20, repeats=2, out=tmp_path, timeout=100)
-    assert [r["variant"] for r in rows] == ["bp", "torch GPipe", "dfa"] and all(r["ok"] and r["sizes"] == [2, 1] for r in rows)
-    assert (tmp_path/"pipeline.jsonl").read_text().count("\n") == 3
-    bp, rival, dfa = rows
-    assert dfa["baseline"] == min((bp, rival), key=lambda r: r["seconds"]["median"])["variant"] and dfa["predicted"] < bp["predicted"]
-    for bad in (dict(microbatches=(3,)), dict(microbatches=(8,)), dict(microbatches=()), dict(sizes=[1, 1, 1]), dict(sizes=[2, 2]), dict(stages=4), dict(repeats=0)):
-        with pytest.raises(InputError): benchmark_pipeline(**(dict(n_layers=3, b=4) | bad))
