@@ -12,7 +12,8 @@ NAMES = "out q k v Wq Wk bias weight".split()
 def tune(monkeypatch):
     "Other launch options for one test"
     def set(forward=None, backward=None, **both):
-        for key, o in (("forward", forward), ("backward", backward)): monkeypatch.setitem(favor.OVERRIDE, key, both | (o or {}))
+        for key, o in (("forward", forward), ("backward", backward)):
+            monkeypatch.setitem(favor.OVERRIDE, key, both | (o or {}))
     return set
 
 def problem(device, n, d=16, d_v=16, m=32, b=1, h=2, shared=False, std=1., dtype=torch.float32):
@@ -22,7 +23,7 @@ def problem(device, n, d=16, d_v=16, m=32, b=1, h=2, shared=False, std=1., dtype
     return [y.to(device) for y in (*x, -x[1].float().square().sum(-1)/(2*d**.5))]
 
 def same(name, a, b, device):
-    "Equal bits in the interpreter. A GPU gets another kernel for other strides or stores, which may add in another order"
+    "Equal bits in the interpreter. A GPU has another kernel for other strides, which may add in another order"
     if device == "cpu": assert torch.equal(a, b), name
     else: assert_rel(name, a, b, 1e-5)
 
@@ -36,7 +37,8 @@ def wide(q, k, v, Wq, Wk, bias, weight, cu=None):
     "The definition again, without an array of n x n x m: for lengths at which that would not fit"
     lq, lk, n = q @ Wq.mT, k @ Wk.mT + bias[..., None, :], q.shape[2]
     a, at = lk.detach().amax(-1, keepdim=True), torch.arange(n, device=q.device)
-    log = ((lq - lq.detach().amax(-1, keepdim=True)).exp() @ (lk - a).exp().mT).log() + (a[..., 0] + weight)[..., None, :]
+    fq = (lq - lq.detach().amax(-1, keepdim=True)).exp()
+    log = (fq @ (lk - a).exp().mT).log() + (a[..., 0] + weight)[..., None, :]
     sees = at[:, None] >= at
     if cu is not None: s = torch.bucketize(at, cu.to(at), right=True); sees = sees & (s[:, None] == s)
     return log.masked_fill(~sees, -torch.inf).softmax(-1) @ v
@@ -56,12 +58,15 @@ def test_the_two_references_agree():
     x = [y.double() for y in problem("cpu", 30, b=1)]
     cu, go = torch.tensor([0, 4, 30]), torch.randn_like(x[2])
     for args in ((), (cu,)):
-        for name, a, b in zip(NAMES, run(exp_attention_ref, x, go, *args), run(wide, x, go, *args)): assert_rel(name, a, b, 1e-12)
+        results = (run(f, x, go, *args) for f in (exp_attention_ref, wide))
+        for name, a, b in zip(NAMES, *results): assert_rel(name, a, b, 1e-12)
 
 @pytest.mark.parametrize("n,shape,options", [
-    (63, dict(d=32, d_v=32, m=64, h=1), {}), (64, dict(d=32, d_v=32, m=64, shared=True), dict(BM=64)), (65, dict(d=32, d_v=64, m=96, h=1), {}),
-    (130, dict(d=64, d_v=64, m=96, h=1), dict(BM=64)), (20, dict(d=64, d_v=32, m=256), dict(BM=64)), (3, dict(d=7, d_v=3, m=5), {}),
-    (36, dict(d=17, d_v=5, m=40, b=2, h=1, shared=True), dict(C=16)), (40, {}, dict(forward=dict(C=16), backward=dict(C=32)))])
+    (63, dict(d=32, d_v=32, m=64, h=1), {}), (64, dict(d=32, d_v=32, m=64, shared=True), dict(BM=64)),
+    (65, dict(d=32, d_v=64, m=96, h=1), {}), (130, dict(d=64, d_v=64, m=96, h=1), dict(BM=64)),
+    (20, dict(d=64, d_v=32, m=256), dict(BM=64)), (3, dict(d=7, d_v=3, m=5), {}),
+    (36, dict(d=17, d_v=5, m=40, b=2, h=1, shared=True), dict(C=16)),
+    (40, {}, dict(forward=dict(C=16), backward=dict(C=32)))])
 def test_values_and_gradients(device, tune, n, shape, options):
     tune(**options)
     check(problem(device, n, **shape), 1e-5)
@@ -79,7 +84,8 @@ def test_tables_cover_every_row_once(bounds):
     assert sum(([*range(a, a + rows)] for a, rows, _ in chunks), []) == [*range(bounds[-1])]
     for a, rows, first in sequences:
         mine = [c for c in chunks if a <= c[0] < a + rows]
-        assert mine[0] == chunks[first] and [c[2] for c in mine] == [1] + [0]*(len(mine) - 1) and sum(c[1] for c in mine) == rows
+        assert mine[0] == chunks[first] and sum(c[1] for c in mine) == rows
+        assert [c[2] for c in mine] == [1] + [0]*(len(mine) - 1)
         assert all(c[1] == 16 for c in mine[:-1])
     assert [s[:2] for s in sequences] == [[a, b - a] for a, b in zip(bounds, bounds[1:]) if b > a]
 
@@ -97,22 +103,25 @@ def test_exponents_are_exact_in_half_precision(device, dtype, std):
 def test_padding(device, tune):
     tune(C=16, BM=32)
     x = problem(device, 40, b=2, h=1)
-    x[6][0, :, :20] = NEVER; x[6][1, :, 30:] = NEVER; x[6][1, 0, 3] = NEVER     # rows that see nothing, a chunk of nothing, one key
+    x[6][0, :, :20] = NEVER                                            # rows that see nothing, a chunk of nothing,
+    x[6][1, :, 30:] = NEVER; x[6][1, 0, 3] = NEVER                     # and one key
     out, *grads = check(x, 1e-5)
-    assert out[0, :, :20].eq(0).all() and all(g[0, :, :20].eq(0).all() for g in grads[:3]) and grads[6][0, :, :20].eq(0).all()
+    assert all(y[0, :, :20].eq(0).all() for y in (out, *grads[:3], grads[6]))
     assert all(g[1, :, 30:].eq(0).all() for g in grads[1:3])                    # keys that nobody sees
     everything = [y.clone() for y in x]; everything[6][:] = NEVER
     assert all(y.eq(0).all() for y in run(exp_attention_triton, everything, torch.ones_like(x[2])))
 
 def test_packed_sequences_are_separate_calls(device, tune):
     tune(C=16, BM=32)
-    bounds = [0, 1, 1, 17, 33, 53]                                               # an empty one, one of a row, one of a whole chunk
+    bounds = [0, 1, 1, 17, 33, 53]                                # an empty one, one of a row, one of a whole chunk
     x, go = problem(device, 53, h=1), torch.randn(1, 1, 53, 16, device=device)
-    x[6][..., :17] += 200                                                        # what the first sequences weigh must not matter to others
+    x[6][..., :17] += 200                                         # what the first ones weigh must not matter to others
     check(x, 1e-5, torch.tensor(bounds, device=device))
     got = run(exp_attention_triton, x, go, torch.tensor(bounds, dtype=torch.int32, device=device))
-    parts = [[*(y[:, :, a:b] for y in x[:3]), *x[3:6], x[6][..., a:b]] for a, b in zip(bounds, bounds[1:]) if b > a]
-    parts = [run(exp_attention_triton, y, go[:, :, a:b]) for y, (a, b) in zip(parts, [(a, b) for a, b in zip(bounds, bounds[1:]) if b > a])]
+    def alone(a, b):
+        part = [*(y[:, :, a:b] for y in x[:3]), *x[3:6], x[6][..., a:b]]
+        return run(exp_attention_triton, part, go[:, :, a:b])
+    parts = [alone(a, b) for a, b in zip(bounds, bounds[1:]) if b > a]
     for i in (0, 1, 2, 3, 7): assert_rel(NAMES[i], torch.cat([p[i] for p in parts], 2), got[i], 1e-6)
     for i in (4, 5, 6): assert_rel(NAMES[i], sum(p[i] for p in parts), got[i], 1e-5)
     y = [z.clone() for z in x]
@@ -160,7 +169,7 @@ def test_one_feature_that_dwarfs_the_others(device, tune):
 
 @pytest.mark.parametrize("size,vanishes", [(80., False), (110., True)])
 def test_weights_at_the_edge_of_float32(device, tune, size, vanishes):
-    "The strong feature of every query is the weak one of every key: all weights are exp(-size). Nothing may become infinite"
+    "The strong feature of a query is the weak one of every key: all weights are exp(-size). Nothing becomes infinite"
     tune(C=16, BM=16)
     x = [y*0 for y in problem(device, 40, m=2, h=1)]
     x[0][..., 0] = x[1][..., 0] = 1
@@ -168,7 +177,7 @@ def test_weights_at_the_edge_of_float32(device, tune, size, vanishes):
     x[2] = torch.randn_like(x[2])
     out, *grads = run(exp_attention_triton, x, torch.full_like(x[2], 1e5))
     assert all(y.isfinite().all() for y in grads)
-    if vanishes: assert all(y.eq(0).all() for y in (out, *grads))                # beyond float32: as if there were no key
+    if vanishes: assert all(y.eq(0).all() for y in (out, *grads))     # beyond float32: as if there were no key
     else: assert_rel("out", exp_attention_ref(*x), out, 1e-4)
 
 @pytest.mark.parametrize("cu", [None, [0, 7, 37, 41]])
@@ -190,7 +199,8 @@ def test_memory_that_was_never_written_does_not_show(device, tune, monkeypatch, 
 def test_strides(device):
     x, go = problem(device, 20, b=2), torch.randn(2, 2, 20, 16, device=device)
     ref = run(exp_attention_triton, x, go)
-    y = [z.transpose(1, 2).contiguous().transpose(1, 2) for z in x[:3]] + x[3:6] + [x[6].transpose(1, 2).contiguous().transpose(1, 2)]
+    def turned(z): return z.transpose(1, 2).contiguous().transpose(1, 2)
+    y = [*map(turned, x[:3]), *x[3:6], turned(x[6])]
     y[1] = torch.cat([y[1], y[1]], -1)[..., :16]                                 # a slice
     y[2] = y[2].mT.contiguous().mT                                               # channels not last in memory
     assert not any(z.is_contiguous() for z in (*y[:3], y[6]))
@@ -199,7 +209,7 @@ def test_strides(device):
     assert_rel("expanded", exp_attention_ref(*x), exp_attention_triton(*x), 1e-5)
     x[2].requires_grad_(False)
     q = x[0].detach().requires_grad_()
-    exp_attention_triton(q, *x[1:]).sum().backward()                             # the gradient that arrives has stride 0
+    exp_attention_triton(q, *x[1:]).sum().backward()                  # the gradient that arrives has stride 0
 
 def test_shorter_forms_and_mixed_types(device):
     x = problem(device, 20, shared=True)
@@ -214,7 +224,8 @@ def test_shorter_forms_and_mixed_types(device):
         assert_rel("autocast", exp_attention_ref(*x), exp_attention_triton(*x), 1e-5)
         auto = run(exp_attention_triton, x, torch.ones_like(v))
     for name, a, b in zip(NAMES, run(exp_attention_triton, x, torch.ones_like(v)), auto): assert torch.equal(a, b), name
-    assert exp_attention_triton(q[:, :, :0], k[:, :, :0], v[:, :, :0], Wq, Wk, bias, weight[..., :0]).shape == (1, 2, 0, 16)
+    nothing = [y[:, :, :0] for y in (q, k, v)]
+    assert exp_attention_triton(*nothing, Wq, Wk, bias, weight[..., :0]).shape == (1, 2, 0, 16)
 
 def test_gradients_that_nobody_asked_for_are_not_computed(device, monkeypatch):
     x, go = problem(device, 40, m=64, h=1), torch.randn(1, 1, 40, 16, device=device)
@@ -232,9 +243,11 @@ def test_gradients_that_nobody_asked_for_are_not_computed(device, monkeypatch):
 @pytest.mark.cuda
 @needs_cuda
 @pytest.mark.parametrize("n,shape,dtype,tol", [
-    (1000, dict(d=64, d_v=64, m=128, b=2), torch.float32, 2e-5), (4096, dict(d=64, d_v=64, m=128), torch.bfloat16, 5e-3),
+    (1000, dict(d=64, d_v=64, m=128, b=2), torch.float32, 2e-5),
+    (4096, dict(d=64, d_v=64, m=128), torch.bfloat16, 5e-3),
     (4096, dict(d=64, d_v=64, m=256), torch.bfloat16, 5e-3), (2049, dict(d=128, d_v=128, m=512), torch.bfloat16, 5e-3),
-    (2000, dict(d=128, d_v=128, m=512), torch.float16, 5e-3), (777, dict(d=80, d_v=48, m=200, b=2, shared=True), torch.bfloat16, 5e-3),
+    (2000, dict(d=128, d_v=128, m=512), torch.float16, 5e-3),
+    (777, dict(d=80, d_v=48, m=200, b=2, shared=True), torch.bfloat16, 5e-3),
     (500, dict(d=128, d_v=128, m=512), torch.float32, 2e-5), (300, dict(d=256, d_v=256, m=256), torch.bfloat16, 5e-3)])
 def test_large_shapes(n, shape, dtype, tol):
     torch.manual_seed(0)
@@ -252,12 +265,14 @@ def test_large_shapes(n, shape, dtype, tol):
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
     "Every kernel through Triton's compiler and ptxas for an H100, with all stores; shared memory must fit"
     seen = compiled_for_h100("""
-from okadfa.kernels.favor import _ExpAttention, _jit
+from okadfa.kernels.exponential import _jit
+from okadfa.kernels.favor import _ExpAttention
 _jit.load()
 q, k, v = torch.zeros(3, 1, 100, 2, 64, dtype=torch.bfloat16).transpose(2, 3).requires_grad_()
 W, bias = torch.zeros(2, 128, 64, requires_grad=True), torch.zeros(2, 128)
 _ExpAttention.apply(q, k, v, W, W, bias, torch.zeros(1, 2, 100), None).sum().backward()""", tmp_path)
-    assert sorted(set(seen)) == ["_contributions", "_key_gradient", "_outputs", "_query_gradient", "_row_maxima", "_running_maximum", "_scan"]
+    assert sorted(set(seen)) == ["_contributions", "_key_gradient", "_outputs", "_query_gradient", "_row_maxima",
+                                 "_running_maximum", "_scan"]
 
 def test_importing_the_module_does_not_import_triton():
     assert fresh("import sys, okadfa.kernels.favor; print('triton' in sys.modules)") == "False"
@@ -271,7 +286,8 @@ def test_triton_that_came_too_early_is_named():
 def test_why_not(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q = torch.zeros(1, 1, 4, 8)
-    if TRITON: assert why_not_triton(q).startswith("q is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1")
+    where = "q is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1"
+    if TRITON: assert why_not_triton(q).startswith(where)
     assert "float64" in why_not_triton(q.double()) and "256 channels" in why_not_triton(q.new_zeros(1, 1, 1, 300))
     with pytest.raises(NotImplementedError, match="^exp_attention_triton: "):
         exp_attention_triton(q, q, q, q[0, :, :2], q[0, :, :2], None, q[..., 0])
@@ -279,12 +295,14 @@ def test_why_not(monkeypatch):
     assert why_not_triton(q).startswith("triton is not installed")
 
 @pytest.mark.parametrize("change,says", [
-    (dict(k=torch.zeros(1, 2, 7, 16)), "need q, k"), (dict(v=torch.zeros(1, 1, 8, 16)), "need q, k"), (dict(Wk=torch.zeros(3, 32, 16)), "Wk must be"),
+    (dict(k=torch.zeros(1, 2, 7, 16)), "need q, k"), (dict(v=torch.zeros(1, 1, 8, 16)), "need q, k"),
+    (dict(Wk=torch.zeros(3, 32, 16)), "Wk must be"),
     (dict(bias=torch.zeros(2, 31)), "bias must be"), (dict(weight=torch.zeros(1, 2, 9)), "weight must be"),
     (dict(cu_seqlens=torch.tensor([0, 5, 4, 8])), "cu_seqlens must rise")])
 def test_what_does_not_fit_is_refused(device, change, says):
     x = dict(zip("q k v Wq Wk bias weight".split(), problem(device, 8)))
-    with pytest.raises(InputError, match=says) as e: exp_attention_triton(**(x | {a: b.to(device) for a, b in change.items()}))
+    x |= {a: b.to(device) for a, b in change.items()}
+    with pytest.raises(InputError, match=says) as e: exp_attention_triton(**x)
     assert "\n" not in str(e.value)
 
 @pytest.mark.parametrize("case", ["plain", "padded", "grouped", "packed", "fitted"])
@@ -294,7 +312,8 @@ def test_favor_attention_takes_the_kernels(device, case):
     h_k = 1 if case == "grouped" else 2
     q, k, v = torch.randn(1, 2, 70, 16), torch.randn(1, h_k, 70, 16), torch.randn(1, h_k, 70, 16)
     f = make_features("derf", 16, 32).fit(q, k) if case == "fitted" else FavorFeatures(16, 32)
-    options = dict(key_padding_mask=torch.arange(70)[None] % 5 == 0) if case == "padded" else dict(cu_seqlens=torch.tensor([0, 1, 40, 70])) if case == "packed" else {}
+    options = dict(padded=dict(key_padding_mask=torch.arange(70)[None] % 5 == 0),
+                   packed=dict(cu_seqlens=torch.tensor([0, 1, 40, 70]))).get(case, {})
     move = lambda x: x.to(device) if torch.is_tensor(x) else x
     outs, go = [], torch.randn(1, 2, 70, 16)
     for impl, dtype in (("ref", torch.float64), ("triton", torch.float32)):
@@ -307,4 +326,5 @@ def test_what_the_kernels_cannot_do_is_said(device):
     from okadfa.attention.favor import FavorFeatures, favor_attention
     x = torch.randn(3, 1, 1, 8, 16, device=device)
     for bad in (dict(causal=False), dict(local=True)):
-        with pytest.raises(NotImplementedError, match="causal=True, local=False"): favor_attention(*x, FavorFeatures(16).to(device), impl="triton", **bad)
+        with pytest.raises(NotImplementedError, match="causal=True, local=False"):
+            favor_attention(*x, FavorFeatures(16).to(device), impl="triton", **bad)

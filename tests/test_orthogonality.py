@@ -1,7 +1,8 @@
 "The orthogonality penalty: shapes, precision, naming and refusals"
 import pytest, torch
 from torch import nn
-from okadfa.attention.orthogonality import OrthogonalityLoss, orthogonality_penalty, orthogonality_penalty_ref, violations
+from okadfa.attention.orthogonality import (OrthogonalityLoss, orthogonality_penalty, orthogonality_penalty_ref,
+                                            violations)
 from okadfa.core import InputError, assert_rel
 
 class Fused(nn.Module):
@@ -19,7 +20,9 @@ class Fixed:
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (9, 4), (1, 5, 1), (3, 17, 5), (2, 3, 8, 8), (2, 1, 3, 13, 6), (0, 8, 4)])
+SHAPES = [(1, 1), (7, 7), (9, 4), (1, 5, 1), (3, 17, 5), (2, 3, 8, 8), (2, 1, 3, 13, 6), (0, 8, 4)]
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_penalty_is_the_definition(shape, reduction):
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -65,12 +68,13 @@ def test_violations_hold_no_graph():
 def test_names_and_values_of_the_report(include_v):
     layers = [Fused(), Fused()]
     loss, report = OrthogonalityLoss(2., 0, include_v=include_v)(layers, 0)
-    assert set(report) == {f"layer{l}.head{h}.{p}" for l in range(2) for h in range(3) for p in ("qkv" if include_v else "qk")}
+    letters = "qkv" if include_v else "qk"
+    assert set(report) == {f"layer{l}.head{h}.{p}" for l in range(2) for h in range(3) for p in letters}
     for l, layer in enumerate(layers):
         for p, w in zip("qkv", layer.projection_matrices(include_v)):
             for h in range(3):
-                want = violations(w[h]).item()
-                assert isinstance(report[f"layer{l}.head{h}.{p}"], float) and abs(report[f"layer{l}.head{h}.{p}"] - want) < 1e-5
+                got = report[f"layer{l}.head{h}.{p}"]
+                assert isinstance(got, float) and abs(got - violations(w[h]).item()) < 1e-5
     assert_rel("loss", torch.tensor(2*sum(v*v for v in report.values())), loss, 1e-5)
     loss.backward()
     g = layers[1].qkv.weight.grad.unflatten(0, (3, 24)).abs().amax((1, 2))
