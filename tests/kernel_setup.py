@@ -1,7 +1,8 @@
-"""What the tests of all kernels share: a device (CUDA, else Triton's interpreter), processes of their own, and the compiler without a GPU.
+"""What the tests of all kernels share: a device (CUDA, else Triton's interpreter), processes of their own, and the
+compiler without a GPU.
 
-Triton decides when it is imported whether it interprets, so this file imports it with the variable set. If someone imported it
-before, every file of tests runs in a process of its own (`run_alone`)."""
+Triton decides when it is imported whether it interprets, so this file imports it with the variable set. If someone
+imported it before, every file of tests runs in a process of its own (`run_alone`)."""
 import importlib.util, subprocess, sys
 import pytest, torch
 from conftest import ROOT, clean_env
@@ -24,7 +25,8 @@ compiler_only = pytest.mark.skipif(CUDA or not TRITON, reason="for Triton's comp
 def device(request, monkeypatch):
     if request.param == "cuda":
         if not CUDA: pytest.skip("needs a CUDA device")
-    elif CUDA or not TRITON or LATE: pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
+    elif CUDA or not TRITON or LATE:
+        pytest.skip("a CUDA device is here, or Triton is not, or it was imported as a compiler")
     else: monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest"); torch.manual_seed(0)
@@ -33,18 +35,20 @@ def device(request, monkeypatch):
 
 def run_alone(file:str) -> None:
     "Run a file of tests in a new process that interprets"
-    r = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file], cwd=ROOT, env=clean_env(ROOT) | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+    command, env = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file], clean_env(ROOT)
+    r = subprocess.run(command, cwd=ROOT, env=env | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-3000:]
 
 def fresh(code:str, **env) -> str:
     "Run code in a new process that does not interpret; its output"
     base = {k: v for k, v in clean_env(ROOT).items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=base | env, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    r = subprocess.run(command, cwd=ROOT, env=base | env, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout.strip()
 
 def compiled_for_h100(code:str, cache) -> list[str]:
-    "The kernels, in order, that `code` launches: each through Triton's compiler and ptxas for an H100, and its shared memory fits"
+    "The kernels, in order, that `code` launches: each through Triton's compiler and ptxas for an H100; its memory fits"
     return fresh("""
 import torch
 from triton.backends.compiler import GPUTarget

@@ -4,8 +4,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from okadfa.core import InputError, assert_rel
 from okadfa.models.block import Block
-from okadfa.spectral.enhancements import (ENHANCEMENTS, DampedFilter, EnhancedMixing, FrequencyRoPE, MultiScaleSpectral, PhaseAwareMixing,
-                                          SpectralGLU, multiply_pairs, rotate)
+from okadfa.spectral.enhancements import (ENHANCEMENTS, DampedFilter, EnhancedMixing, Enhancement, FrequencyRoPE,
+    MultiScaleSpectral, PhaseAwareMixing, SpectralGLU, damped_taps, multiply_pairs, register_enhancement, rotate)
 
 NAMES = list(ENHANCEMENTS)
 SETS = [names for k in range(5) for names in itertools.combinations(NAMES, k)]
@@ -30,7 +30,8 @@ def make(name, d, max_len, seed=0):
 
 @torch.no_grad()
 def stir(layer):
-    "Move all projections: as they start some hide what lies before them (equal ones add all bands up to the input, gains of 0 hear nothing)"
+    """Move all projections: as they start some hide what lies before them (equal ones add all bands up to the input,
+    gains of 0 hear nothing)"""
     for k, p in layer.named_parameters():
         if k.endswith("weight"): p.add_(torch.randn_like(p)*.3)
     return layer
@@ -51,11 +52,14 @@ def test_all_sums_and_chains_are_causal(names, dtype):
     chain = stir(nn.Sequential(*[ENHANCEMENTS[k](6, 100, seed=3) for k in names])).to(dtype)
     for n in LENGTHS:
         assert leak(total, n, 6, dtype) < BOUND[dtype], n
-        if names: assert leak(chain, n, 6, dtype) < BOUND[dtype]*max(1, len(names) - 1), n     # rounding passes through each link
+        # rounding passes through each link
+        if names: assert leak(chain, n, 6, dtype) < BOUND[dtype]*max(1, len(names) - 1), n
 
 def test_a_leak_would_be_found():
     "The same measure on what is not causal: a mask over frequencies, and a layer normalised over time"
-    masked = lambda x: torch.fft.irfft(torch.fft.rfft(x, 2*x.shape[1], dim=1)[:, ::1]*torch.linspace(1, 0, x.shape[1] + 1)[:, None], dim=1)[:, :x.shape[1]]
+    def masked(x):
+        n = x.shape[1]
+        return torch.fft.irfft(torch.fft.rfft(x, 2*n, dim=1)*torch.linspace(1, 0, n + 1)[:, None], dim=1)[:, :n]
     glu = SpectralGLU(6, 100)
     assert leak(masked, 33, 6, torch.float32) > 1e-2
     assert leak(lambda x: glu(x/x.norm(dim=1, keepdim=True)), 33, 6, torch.float32) > 1e-2
@@ -201,7 +205,8 @@ def test_the_gate_remembers():
     "An early marker changes what is let through later on, by more than its own fading trace"
     layer = SpectralGLU(2, 40).double()
     with torch.no_grad():
-        layer.memory.log_rate.fill_(-6.); layer.gate.weight.zero_(); layer.gate.weight[:, 3] = 1e3; layer.gate.bias.fill_(-10.)
+        layer.memory.log_rate.fill_(-6.)
+        layer.gate.weight.zero_(); layer.gate.weight[:, 3] = 1e3; layer.gate.bias.fill_(-10.)
         layer.read.weight.copy_(torch.tensor([[1., 0], [1, 0]])); layer.out.weight.copy_(torch.eye(2))
         x = torch.randn(1, 40, 2, dtype=torch.float64); x[..., 1] = 0
         off = layer(x); x[0, 0, 1] = 1; on = layer(x)
@@ -225,14 +230,16 @@ def test_half_precision(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_depend_on_the_seed_alone(name):
     a, b, c = make(name, 6, 20), make(name, 6, 20), make(name, 6, 20, seed=1)
-    drawn = [k for k, p in a.named_parameters() if p.any() and name != "scales"]      # what starts at 0, and bands, are not drawn
+    # what starts at 0, and bands, are not drawn
+    drawn = [k for k, p in a.named_parameters() if p.any() and name != "scales"]
     for k, p in a.state_dict().items():
         assert torch.equal(p, b.state_dict()[k]) and (k not in drawn or not torch.equal(p, c.state_dict()[k])), k
     c.load_state_dict(a.state_dict())
     x = torch.randn(1, 20, 6)
     assert torch.equal(a(x), c(x))
 
-@pytest.mark.parametrize("text, names", [("", ()), ("rope", ("rope",)), ("scales+rope", ("rope", "scales")), (["glu", "phase"], ("glu", "phase")), (NAMES, NAMES)])
+@pytest.mark.parametrize("text, names", [("", ()), ("rope", ("rope",)), ("scales+rope", ("rope", "scales")),
+                                         (["glu", "phase"], ("glu", "phase")), (NAMES, NAMES)])
 def test_names(text, names): assert list(EnhancedMixing(4, 8, text).added) == list(names)
 
 def test_order_of_names_does_not_matter():
@@ -255,11 +262,80 @@ def test_refusals(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_in_nothing_out(name):
-    assert make(name, 4, 8)(torch.zeros(2, 0, 4)).shape == (2, 0, 4) and make(name, 4, 8)(torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+    for shape in ((2, 0, 4), (0, 3, 4)): assert make(name, 4, 8)(torch.zeros(shape)).shape == shape
 
 @pytest.mark.parametrize("call, word", [
-    (lambda: EnhancedMixing(4, 8, "rope+gru"), "unknown enhancement 'gru'"), (lambda: EnhancedMixing(4, 8, ["glu", "glu"]), "once"),
-    (lambda: MultiScaleSpectral(4, 8, scales=(5, 2)), "rising"), (lambda: MultiScaleSpectral(4, 8, scales=()), "rising"),
-    (lambda: MultiScaleSpectral(4, 8, scales=(-1, 2)), "positive"), (lambda: PhaseAwareMixing(4, 8, floor=0), "floor > 0")])
+    (lambda: EnhancedMixing(4, 8, "rope+gru"), "^unknown enhancement 'gru', choose from rope, glu, phase, scales$"),
+    (lambda: ENHANCEMENTS.find("gru"), "^unknown enhancement 'gru', choose from rope, glu, phase, scales$"),
+    (lambda: EnhancedMixing(4, 8, ["glu", "glu"]), "once"),
+    (lambda: MultiScaleSpectral(4, 8, scales=(5, 2)), "rising"),
+    (lambda: MultiScaleSpectral(4, 8, scales=()), "rising"),
+    (lambda: MultiScaleSpectral(4, 8, scales=(-1, 2)), "positive"),
+    (lambda: PhaseAwareMixing(4, 8, floor=0), "floor > 0")])
 def test_constructor_refusals(call, word):
     with pytest.raises(InputError, match=word): call()
+
+# ---- what the model asks of a mixer
+
+def called_out(mixer):
+    "What a model recognises in one of its blocks by the name, in the order of modules"
+    return [m for name, m in Block(mixer, 8).named_modules() if ".body." in f".{name}" and name.endswith(".out")]
+
+@pytest.mark.parametrize("names", SETS, ids="+".join)
+def test_writers_of_a_sum_are_all_that_are_called_out(names):
+    mixer = EnhancedMixing(8, 12, names)
+    assert mixer.writers() == called_out(mixer) and len(mixer.writers()) == 1 + len(names)
+    assert mixer.writers() == [mixer.plain.out, *(layer.out for layer in mixer.added.values())]
+
+@pytest.mark.parametrize("name", [*NAMES, "plain"])
+def test_nothing_reaches_the_stream_but_through_writers(name):
+    layer = stir(make(name, 8, 12))
+    with torch.no_grad():
+        assert layer(torch.randn(2, 12, 8)).any() and layer.writers() == called_out(layer)
+        for out in layer.writers(): out.weight.zero_()
+        assert not layer(torch.randn(2, 12, 8)).any()
+
+def test_kept_spectra_of_a_sum_are_dropped_with_it():
+    mixer = EnhancedMixing(8, 12, NAMES).eval()
+    with torch.no_grad(): mixer(torch.randn(1, 12, 8))
+    assert mixer.plain._kept.spectra is not None
+    mixer.drop_cache()
+    assert mixer.plain._kept.spectra is None
+
+# ---- one that is not ours
+
+class Before(Enhancement):
+    "The position before, through a projection"
+    def __init__(self, d_model, max_len, *, seed=0):
+        super().__init__(d_model, max_len)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def run(self, x, state, start):
+        state = {} if state is None else state
+        first, state["last"] = state.get("last", torch.zeros_like(x[:, :1])), x[:, -1:]
+        return self.out(torch.cat([first, x[:, :-1]], 1))
+
+def test_an_enhancement_from_outside(monkeypatch):
+    for k in NAMES:
+        with pytest.raises(InputError, match=f"enhancement '{k}' is the library's own"): register_enhancement(k, Before)
+    monkeypatch.setitem(ENHANCEMENTS, "before", None)                     # taken out again after the test
+    register_enhancement("before", Before)
+    mixer, x = EnhancedMixing(6, 20, "before+rope").double(), torch.randn(2, 20, 6, dtype=torch.float64)
+    assert list(mixer.added) == ["rope", "before"] and mixer.writers()[-1] is mixer.added["before"].out
+    assert leak(mixer, 20, 6, torch.float64) < 1e-14
+    parts = EnhancedMixing(6, 20, "rope").double()(x) + mixer.added["before"](x)
+    assert_rel("a sum like any other", parts.detach(), mixer(x).detach(), 1e-14)
+    state = mixer.make_state()
+    got = torch.cat([mixer.extend(x[:, :13], state), *(mixer.extend(x[:, t:t+1], state, t) for t in range(13, 20))], 1)
+    assert_rel("in pieces", mixer(x).detach(), got, 1e-12)
+
+@pytest.mark.parametrize("unit", ["energy", "sum"])
+def test_damped_taps(unit):
+    log_rate = torch.tensor([-3., -1.], dtype=torch.float64)
+    re, im = damped_taps(log_rate, None, 400, unit, group=3)
+    assert im is None and re.shape == (400, 6)
+    assert torch.equal(re[:, 0], re[:, 2]) and not torch.equal(re[:, 2], re[:, 3])
+    total = re.square() if unit == "energy" else re
+    assert_rel(unit, torch.ones(6, dtype=torch.float64), total.sum(0), 1e-7)
+    turned = torch.complex(*damped_taps(log_rate, torch.tensor([.5, 2.], dtype=torch.float64), 400, unit, group=3))
+    assert_rel("turning keeps the size", re, turned.abs(), 1e-14)

@@ -1,4 +1,4 @@
-"The gated convolution's kernels against their definition: on a CUDA device where there is one, else in Triton's interpreter."
+"The gated convolution's kernels against their definition: on a CUDA device, or in Triton's interpreter without one."
 import importlib.util
 import pytest, torch
 from kernel_setup import TRITON, compiled_for_h100, compiler_only, device, fresh, needs_cuda, only_where_late, run_alone
@@ -39,8 +39,8 @@ def test_the_reference_is_the_sum():
     assert_rel("sum", want, gated_conv_ref(u, h, g), 1e-14)
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("b,n,d,k", [(1, 1, 1, 1), (1, 2, 1, 9), (3, 15, 2, 3), (1, 16, 1, 16), (1, 17, 3, 17), (2, 33, 2, 31),
-                                     (1, 255, 1, 20), (1, 257, 2, 15), (1, 300, 1, 257), (1, 270, 1, 400)])
+@pytest.mark.parametrize("b,n,d,k", [(1, 1, 1, 1), (1, 2, 1, 9), (3, 15, 2, 3), (1, 16, 1, 16), (1, 17, 3, 17),
+    (2, 33, 2, 31), (1, 255, 1, 20), (1, 257, 2, 15), (1, 300, 1, 257), (1, 270, 1, 400)])
 def test_values_and_gradients(device, small, b, n, d, k, gated): check(problem(device, b, n, d, k, gated), 2e-6)
 
 def test_the_tiles_as_they_are(device): check(problem(device, 1, 70, 2, 33), 2e-6)
@@ -90,7 +90,8 @@ def test_strides(device, small):
 
 def test_only_the_inputs_are_kept_and_only_what_is_asked_for_is_computed(device, small, monkeypatch):
     u, h, g = problem(device, 1, 40, 2, 9)
-    assert gated_conv(u.clone().requires_grad_(), h, g, impl="triton").grad_fn.saved_tensors[0].stride(1) == 1     # positions side by side
+    y = gated_conv(u.clone().requires_grad_(), h, g, impl="triton")
+    assert y.grad_fn.saved_tensors[0].stride(1) == 1                                # positions side by side
     u, g = (x.mT.contiguous().mT for x in (u, g))
     y = gated_conv(u.requires_grad_(), h, g, impl="triton")
     assert {s.data_ptr() for s in y.grad_fn.saved_tensors} == {x.data_ptr() for x in (u, h, g)}
@@ -112,7 +113,9 @@ def test_nothing_to_do(device):
 
 @pytest.mark.cuda
 @needs_cuda
-@pytest.mark.parametrize("b,n,d,k,dtype,tol", [(2, 1000, 64, 1000, torch.float32, 5e-6), (1, 4099, 128, 257, torch.bfloat16, 4e-3), (3, 777, 33, 64, torch.float16, 1e-3)])
+@pytest.mark.parametrize("b,n,d,k,dtype,tol", [
+    (2, 1000, 64, 1000, torch.float32, 5e-6), (1, 4099, 128, 257, torch.bfloat16, 4e-3),
+    (3, 777, 33, 64, torch.float16, 1e-3)])
 def test_large_shapes(b, n, d, k, dtype, tol):
     torch.manual_seed(0)
     check(problem("cuda", b, n, d, k, dtype=dtype), tol)
@@ -136,15 +139,17 @@ def test_a_forced_choice_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     u, h = torch.zeros(1, 4, 2), torch.zeros(3, 2)
     if TRITON:
-        with pytest.raises(NotImplementedError, match="^gated_conv: u is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1"):
-            gated_conv(u, h, impl="triton")
+        says = "^gated_conv: u is on the cpu: move it to a CUDA device, or set TRITON_INTERPRET=1"
+        with pytest.raises(NotImplementedError, match=says): gated_conv(u, h, impl="triton")
     with pytest.raises(NotImplementedError, match="float64"): gated_conv(u.double(), h, impl="triton")
     assert gated_conv(u.double(), h).dtype == torch.float64                          # auto takes what can run
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert why_not_triton(u).startswith("triton is not installed")
 
-@pytest.mark.parametrize("change,says", [(dict(taps=torch.zeros(3, 1)), "need u"), (dict(gate=torch.zeros(1, 7, 2)), "need u"),
-                                         (dict(u=torch.zeros(8, 2)), "need u"), (dict(impl="fast"), "impl must be")])
+@pytest.mark.parametrize("change,says", [
+    (dict(taps=torch.zeros(3, 1)), "need u"), (dict(gate=torch.zeros(1, 7, 2)), "need u"),
+    (dict(u=torch.zeros(8, 2)), "need u"), (dict(impl="fast"), "impl must be")])
 def test_what_does_not_fit_is_refused(change, says):
-    with pytest.raises(InputError, match=says) as e: gated_conv(**(dict(u=torch.zeros(1, 8, 2), taps=torch.zeros(3, 2)) | change))
+    fits = dict(u=torch.zeros(1, 8, 2), taps=torch.zeros(3, 2))
+    with pytest.raises(InputError, match=says) as e: gated_conv(**(fits | change))
     assert "\n" not in str(e.value)

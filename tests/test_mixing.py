@@ -1,14 +1,16 @@
-"The causal convolution and the layer on it: a grid of shapes, what may not leak, what may not go stale, what must be refused"
+"The causal convolution and the layer on it: a grid of shapes; what may not leak, may not go stale, must be refused"
 import copy, io, itertools
 import pytest, torch
 from torch import nn
 from okadfa.core import InputError, assert_rel
-from okadfa.spectral.mixing import (FILTERS, GATINGS, FNetMixing, ModeFilter, SpectralMixing, SpectrumFilter, TapFilter, causal_conv_ref,
-                                    causal_fft_conv, fast_length)
+from okadfa.spectral.mixing import (FILTERS, GATINGS, FNetMixing, ModeFilter, SpectralMixing, SpectrumFilter, TapFilter,
+    causal_conv_ref, causal_fft_conv, fast_length)
 import okadfa.spectral.mixing as mixing
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
+
+def f64(*size, grad=False): return torch.randn(*size, dtype=torch.float64, requires_grad=grad)
 
 LAYERS = [*itertools.product(FILTERS, GATINGS)]
 
@@ -26,10 +28,11 @@ def leak(mix, x, t, size=1.):
 @pytest.mark.parametrize("taps", ["one", "short", "odd", "all", "more"])
 def test_values_and_gradients(b, n, taps):
     k = dict(one=1, short=max(1, n//3), odd=max(1, n - 1), all=n, more=2*n + 5)[taps]
-    x, h = torch.randn(b, n, 3, dtype=torch.float64, requires_grad=True), torch.randn(k, 3, dtype=torch.float64, requires_grad=True)
-    ref, got, go = causal_conv_ref(x, h), causal_fft_conv(x, h), torch.randn(b, n, 3, dtype=torch.float64)
+    x, h = f64(b, n, 3, grad=True), f64(k, 3, grad=True)
+    ref, got, go = causal_conv_ref(x, h), causal_fft_conv(x, h), f64(b, n, 3)
     assert_rel("values", ref, got, 1e-14)
-    for a, c in zip(torch.autograd.grad(ref, (x, h), go), torch.autograd.grad(got, (x, h), go)): assert_rel("gradient", a, c, 1e-13)
+    grads = (torch.autograd.grad(y, (x, h), go) for y in (ref, got))
+    for a, c in zip(*grads): assert_rel("gradient", a, c, 1e-13)
 
 @pytest.mark.parametrize("work", [1, 100, 1 << 30])
 def test_rounds_of_rows_do_not_matter(monkeypatch, work):
@@ -49,7 +52,7 @@ def test_the_convolution_does_not_hear_the_future(n, dtype, bound):
         z = torch.cat([x[:, :t], x[:, t:]*1e3], 1)
         moved = (causal_fft_conv(z, h) - causal_fft_conv(x, h))[:, :t].norm(dim=1)
         assert (moved <= bound*z.norm(dim=1)*h.norm(dim=0)).all()
-    g = torch.autograd.grad(causal_fft_conv(x.requires_grad_(), h)[:, n//2].sum(), x)[0]     # and no gradient reaches it
+    g = torch.autograd.grad(causal_fft_conv(x.requires_grad_(), h)[:, n//2].sum(), x)[0]   # and no gradient reaches it
     assert g[:, n//2+1:].norm() <= bound*g.norm()
 
 def test_gradients_that_nobody_asked_for_are_none():
@@ -57,8 +60,10 @@ def test_gradients_that_nobody_asked_for_are_none():
     causal_fft_conv(x, h).sum().backward(); assert x.grad is not None
     x, h = x.detach(), h.requires_grad_()
     causal_fft_conv(x, h).sum().backward(); assert h.grad.shape == (9, 2)
-    for a, b in ((x.double().requires_grad_(), h.detach().double()), (x.double(), h.detach().double().requires_grad_())):
-        assert torch.autograd.gradgradcheck(causal_fft_conv, (a, b))
+    x, h = x.double(), h.detach().double()
+    for need_x, need_h in ((True, False), (False, True)):
+        pair = x.clone().requires_grad_(need_x), h.clone().requires_grad_(need_h)
+        assert torch.autograd.gradgradcheck(causal_fft_conv, pair)
 
 def test_gradients_that_are_differentiated_again_are_the_same_ones():
     x, h, go = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 9, 3), (5, 3), (2, 9, 3)))
@@ -66,10 +71,11 @@ def test_gradients_that_are_differentiated_again_are_the_same_ones():
     for a, b in zip(plain, again): assert_rel("gradient", a, b, 1e-13); assert b.requires_grad and not a.requires_grad
 
 def test_strides_of_input_and_gradient():
-    x, h, go = torch.randn(2, 7, 30).mT.requires_grad_(), torch.randn(7, 30).mT.requires_grad_(), torch.randn(30, 2, 7).transpose(0, 1)
+    x, h = torch.randn(2, 7, 30).mT.requires_grad_(), torch.randn(7, 30).mT.requires_grad_()
+    go = torch.randn(30, 2, 7).transpose(0, 1)
     runs = [(y := f(x, h), *torch.autograd.grad(y, (x, h), go)) for f in (causal_conv_ref, causal_fft_conv)]
     for a, b in zip(*runs): assert_rel("strides", a, b, 1e-6)
-    g = torch.autograd.grad(causal_fft_conv(x, h).sum(), x)[0]                              # a gradient with strides of zero
+    g = torch.autograd.grad(causal_fft_conv(x, h).sum(), x)[0]                         # a gradient with strides of zero
     assert_rel("expanded", torch.autograd.grad(causal_conv_ref(x, h).sum(), x)[0], g, 1e-6)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -81,17 +87,19 @@ def test_half_precision_is_float32_inside(dtype):
     with torch.autocast("cpu", torch.bfloat16): assert causal_fft_conv(x.float(), h).dtype == torch.float32
 
 def test_nothing_in_nothing_out():
-    for x, h in ((torch.zeros(2, 0, 3), torch.ones(4, 3)), (torch.zeros(0, 5, 3), torch.ones(4, 3)), (torch.ones(2, 5, 3), torch.ones(0, 3))):
-        y = causal_fft_conv(x, h); assert y.shape == x.shape and y.eq(0).all()
+    for shape, k in (((2, 0, 3), 4), ((0, 5, 3), 4), ((2, 5, 3), 0)):
+        y = causal_fft_conv(torch.ones(shape), torch.ones(k, 3)); assert y.shape == shape and y.eq(0).all()
 
 @pytest.mark.parametrize("x,h", [((5, 3), (4, 3)), ((1, 5, 3), (4, 2)), ((1, 5, 3), (4,)), ((1, 5, 3), (1, 4, 3))])
 def test_shapes_that_do_not_fit(x, h):
-    with pytest.raises(InputError, match="need x .b n d. and taps .k d.") as e: causal_fft_conv(torch.zeros(x), torch.zeros(h))
+    x, h = torch.zeros(x), torch.zeros(h)
+    with pytest.raises(InputError, match="need x .b n d. and taps .k d.") as e: causal_fft_conv(x, h)
     assert "\n" not in str(e.value)
 
 def test_types_that_do_not_fit():
-    for x, h in ((torch.zeros(1, 4, 2, dtype=torch.long), torch.zeros(4, 2)), (torch.zeros(1, 4, 2), torch.zeros(4, 2, dtype=torch.cfloat))):
-        with pytest.raises(InputError, match="real floating point"): causal_fft_conv(x, h)
+    x, h = torch.zeros(1, 4, 2), torch.zeros(4, 2)
+    for bad in ((x.long(), h), (x, h.cfloat())):
+        with pytest.raises(InputError, match="real floating point"): causal_fft_conv(*bad)
 
 def test_lengths_are_even_large_enough_and_small():
     for n in (*range(1, 300), 4095, 4097, 10_007, 32_767, 131_071):
@@ -107,7 +115,8 @@ def test_lengths_are_even_large_enough_and_small():
 def test_taps_depend_on_the_longest_text_by_truncation_only(name):
     long = FILTERS[name](6, 203, seed=3)
     for n in (1, 2, 50, 101, 202): assert_rel("truncated", long(203)[:n], long(n), 1e-6)
-    for other in (17, 64, 101, 202, 1001): assert_rel("another max_len", long(203)[:other], FILTERS[name](6, other, seed=3)(other)[:203], 1e-6)
+    for other in (17, 64, 101, 202, 1001):
+        assert_rel("another max_len", long(203)[:other], FILTERS[name](6, other, seed=3)(other)[:203], 1e-6)
     assert not torch.allclose(long(50), FILTERS[name](6, 203, seed=4)(50))
 
 @pytest.mark.parametrize("name", ["taps", "spectrum"])
@@ -148,15 +157,16 @@ def test_layer(filter, gating, b, n):
     want = ref(layer, x)
     got = layer(x)
     assert_rel("training", want, got, 2e-6)
-    for a, c in zip(torch.autograd.grad(want, [*layer.parameters()], go, allow_unused=True), torch.autograd.grad(got, [*layer.parameters()], go, allow_unused=True)):
-        assert_rel("gradient", a + 1, c + 1, 1e-5)                     # + 1: some are zero
+    grads = (torch.autograd.grad(y, [*layer.parameters()], go, allow_unused=True) for y in (want, got))
+    for a, c in zip(*grads): assert_rel("gradient", a + 1, c + 1, 1e-5)                    # + 1: some are zero
     layer.eval()
     assert_rel("evaluation with gradients", want, layer(x), 2e-6)
     with torch.no_grad(): assert_rel("evaluation", want, layer(x), 2e-6)
 
 @pytest.mark.parametrize("gating", GATINGS)
 @pytest.mark.parametrize("n", [1, 1023, 1025, 2100])
-@pytest.mark.parametrize("dtype,bound,most", [(torch.float32, 2e-6, 1e-6), (torch.float64, 1e-13, 1e-14), (torch.bfloat16, 2e-2, 2e-2)])
+@pytest.mark.parametrize("dtype,bound,most", [(torch.float32, 2e-6, 1e-6), (torch.float64, 1e-13, 1e-14),
+                                              (torch.bfloat16, 2e-2, 2e-2)])
 def test_inference_of_one_text_in_little_memory(gating, n, dtype, bound, most):
     layer, x = SpectralMixing(7, 2100, "modes", gating).to(dtype), torch.randn(1, n, 7).to(dtype)
     want, before = layer(x).detach(), x.clone()
@@ -204,7 +214,8 @@ def test_position_by_position(filter, gating, prompt):
     layer, x = SpectralMixing(6, 47, filter, gating).eval(), torch.randn(2, 47, 6)
     with torch.no_grad(): want = layer(x)
     state = layer.make_state()
-    parts = [layer.extend(x[:, :prompt], state)]*(prompt > 0) + [layer.extend(x[:, t:t+1], state, t) for t in range(prompt, 44)]
+    parts = [layer.extend(x[:, :prompt], state)]*(prompt > 0)
+    parts += [layer.extend(x[:, t:t+1], state, t) for t in range(prompt, 44)]
     parts.append(layer.extend(x[:, 44:], state, 44))                   # several at once
     got = torch.cat(parts, 1)
     assert_rel("steps", want, got, 1e-5)
@@ -236,9 +247,34 @@ def test_kept_spectra_never_go_stale():
             assert_rel(name, ref(layer, x), layer(x), 2e-6)
         x = torch.randn(1, 50, 6); layer.float()
         for n in (40, 39, 50, 40): assert_rel(f"{n=}", ref(layer, x[:, :n]), layer(x[:, :n]), 2e-6)
-        kept = layer._kept
-        layer(x[:, :40]); assert layer._kept is kept
-        layer.train(); assert layer._kept is None
+        kept = layer._kept.spectra
+        layer(x[:, :40]); assert layer._kept.spectra is kept
+        layer.train(); assert layer._kept.spectra is None
+
+def test_spectra_are_kept_in_inference_alone_until_they_are_dropped(monkeypatch):
+    "What a benchmark leans on: after drop_cache a call does the whole work, and gives the same bits"
+    asked, taps = [], ModeFilter.forward
+    monkeypatch.setattr(ModeFilter, "forward", lambda self, n: asked.append(n) or taps(self, n))
+    layer, x = SpectralMixing(6, 50).eval(), torch.randn(1, 40, 6)
+    asked.clear()
+    with torch.no_grad():
+        first, again = layer(x), layer(x); assert asked == [40]
+        layer.drop_cache(); cold = layer(x); assert asked == [40]*2
+        assert torch.equal(first, again) and torch.equal(first, cold)
+        layer.drop_cache(); layer.drop_cache(); assert layer._kept.spectra is None
+    for mode in (False, True):
+        asked.clear(); layer.train(mode)
+        for _ in range(3): layer(x)                                    # with gradients: computed every time, kept never
+        assert asked == [40]*3 and layer._kept.spectra is None
+    layer.train()
+    with torch.no_grad(): layer(x); assert layer._kept.spectra is None
+
+def test_writers_are_what_the_stream_receives():
+    for gating in GATINGS:
+        layer = SpectralMixing(6, 50, gating=gating)
+        assert layer.writers() == [layer.out] and layer.writers()[0].weight is layer.out.weight
+    with torch.no_grad(): layer.out.weight.zero_()
+    assert not layer(torch.randn(2, 9, 6)).any()                       # nothing reaches the stream but through them
 
 def test_kept_spectra_are_neither_saved_nor_shared():
     layer, x = SpectralMixing(6, 50).eval(), torch.randn(1, 50, 6)
@@ -269,7 +305,8 @@ def test_autocast_and_half_precision():
 
 def test_seeds_and_names():
     a, b, c = SpectralMixing(6, 50), SpectralMixing(6, 50), SpectralMixing(6, 50, seed=1)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and not torch.equal(a.out.weight, c.out.weight)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.out.weight, c.out.weight)
     assert not any(p.is_complex() for f in FILTERS for p in SpectralMixing(6, 50, f).parameters())
     assert SpectralMixing(6, 50, horizon=5, modes=3).filter.coef.shape == (6, 3, 2)
 
@@ -285,12 +322,14 @@ def test_it_learns_a_delay():
 
 def test_distilled():
     layer = SpectralMixing(3, 200, "taps", seed=1)
-    with torch.no_grad(): layer.filter.log_rate.fill_(-20); layer.filter.taps.copy_(torch.exp(-torch.arange(200.)/torch.tensor([[5.], [30.], [80.]])))
+    decays = torch.exp(-torch.arange(200.)/torch.tensor([[5.], [30.], [80.]]))
+    with torch.no_grad(): layer.filter.log_rate.fill_(-20); layer.filter.taps.copy_(decays)
     light, x = layer.distill(2), torch.randn(1, 200, 3)
     assert isinstance(light.filter, ModeFilter) and isinstance(layer.filter, TapFilter)
     assert_rel("distilled", layer(x), light(x), 1e-5)
 
-@pytest.mark.parametrize("bad,says", [(dict(filter="mask"), "filter must be modes or taps or spectrum"), (dict(gating="x"), "gating must be"), (dict(max_len=0), "max_len >= 1")])
+@pytest.mark.parametrize("bad,says", [(dict(filter="mask"), "filter must be modes or taps or spectrum"),
+                                      (dict(gating="x"), "gating must be"), (dict(max_len=0), "max_len >= 1")])
 def test_layers_that_cannot_be(bad, says):
     with pytest.raises(InputError, match=says): SpectralMixing(**(dict(d_model=4, max_len=8) | bad))
 

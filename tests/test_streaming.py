@@ -1,8 +1,9 @@
-"Convolutions step by step: every split into prompt and steps, odd sizes, what is refused, and filters turned into recurrences"
+"Convolutions step by step: every split into prompt and steps, odd sizes, refusals, and filters turned into recurrences"
 import pytest, torch
 from okadfa.core import InputError, assert_rel
 from okadfa.spectral.mixing import causal_conv_ref
-from okadfa.spectral.streaming import DirectConv, ModeState, StreamingConv, fit_modes, hankel_vectors, mode_taps
+from okadfa.spectral.streaming import (DirectConv, ModeState, StreamingConv, add_square, discounted_sum, fit_modes,
+    hankel_vectors, mode_taps, prompt_outputs)
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
@@ -17,7 +18,8 @@ def modes(d=3, K=2, longest=50.):
 
 # ---- relaxed convolution
 
-@pytest.mark.parametrize("b,n,block", [(1, 1, 1), (1, 70, 1), (2, 64, 4), (2, 65, 4), (1, 63, 8), (3, 130, 16), (1, 50, 64), (1, 200, 64)])
+@pytest.mark.parametrize("b,n,block", [(1, 1, 1), (1, 70, 1), (2, 64, 4), (2, 65, 4), (1, 63, 8), (3, 130, 16),
+                                       (1, 50, 64), (1, 200, 64)])
 @pytest.mark.parametrize("prompt", [0, 1, 13, 64, 10_000])
 def test_equals_the_parallel_form(b, n, block, prompt):
     x, h = torch.randn(b, n, 3, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
@@ -26,7 +28,9 @@ def test_equals_the_parallel_form(b, n, block, prompt):
 @pytest.mark.parametrize("k,max_len", [(1, 40), (17, 40), (40, 40), (100, 40), (40, 1000)])
 def test_taps_shorter_and_longer_than_the_text(k, max_len):
     x, h = torch.randn(2, 40, 3), torch.randn(k, 3)
-    for prompt in (0, 7): assert_rel(f"{prompt=}", causal_conv_ref(x, h), steps(StreamingConv(h, max_len, block=4), x, prompt), 1e-6)
+    for prompt in (0, 7):
+        got = steps(StreamingConv(h, max_len, block=4), x, prompt)
+        assert_rel(f"{prompt=}", causal_conv_ref(x, h), got, 1e-6)
 
 def test_every_step_uses_what_is_known_and_no_more():
     "Outputs are final when they are given: the same steps with other inputs afterwards gave the same ones"
@@ -37,7 +41,7 @@ def test_every_step_uses_what_is_known_and_no_more():
 
 def test_outputs_belong_to_the_caller():
     state, x, h = StreamingConv(torch.ones(40, 2), block=4), torch.ones(1, 40, 2), torch.ones(40, 2)
-    got = [state.prefill(x[:, :5]).clone().zero_()]                    # what is done to an output must not reach the state
+    state.prefill(x[:, :5]).zero_()                                 # what is done to an output must not reach the state
     kept = []
     for t in range(5, 40): y = state.step(x[:, t]); kept.append(y.clone()); y.zero_()
     assert_rel("sums", causal_conv_ref(x, h)[:, 5:], torch.stack(kept, 1), 1e-6)
@@ -72,7 +76,8 @@ def test_the_end_of_the_text():
     state.prefill(torch.randn(1, 9, 3)); state.step(torch.randn(1, 3))
     with pytest.raises(InputError, match="position 11 is beyond max_len=10") as e: state.step(torch.randn(1, 3))
     assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="beyond max_len=10"): StreamingConv(torch.randn(10, 3)).prefill(torch.randn(1, 11, 3))
+    state = StreamingConv(torch.randn(10, 3))
+    with pytest.raises(InputError, match="beyond max_len=10"): state.prefill(torch.randn(1, 11, 3))
 
 @pytest.mark.parametrize("make", [lambda: StreamingConv(torch.randn(20, 3)), lambda: ModeState(*modes())])
 def test_a_second_prompt(make):
@@ -81,7 +86,8 @@ def test_a_second_prompt(make):
     state = make(); assert state.prefill(torch.zeros(1, 0, 3)).shape == (1, 0, 3)
     state.step(torch.randn(1, 3))
 
-@pytest.mark.parametrize("bad", [dict(taps=torch.zeros(5)), dict(taps=torch.zeros(5, 3, dtype=torch.cfloat)), dict(block=0), dict(block=12)])
+@pytest.mark.parametrize("bad", [dict(taps=torch.zeros(5)), dict(taps=torch.zeros(5, 3, dtype=torch.cfloat)),
+                                 dict(block=0), dict(block=12)])
 def test_states_that_cannot_be(bad):
     with pytest.raises(InputError): StreamingConv(**(dict(taps=torch.zeros(5, 3)) | bad))
 
@@ -97,13 +103,40 @@ def test_direct():
     state = DirectConv(h)
     assert_rel("direct", causal_conv_ref(x, h), torch.stack([state.step(x[:, t]) for t in range(50)], 1), 1e-6)
 
+# ---- the pieces they are made of
+
+@pytest.mark.parametrize("at,side,max_len", [(1, 1, 9), (8, 8, 40), (16, 8, 40), (24, 8, 27), (32, 32, 33)])
+def test_a_square_is_the_last_inputs_to_the_next_outputs(at, side, max_len):
+    x, h = torch.randn(2, 3, max_len, dtype=torch.float64), torch.randn(3, max_len, dtype=torch.float64)
+    both = x.clone()
+    add_square(both, torch.fft.rfft(torch.nn.functional.pad(h, (0, 2*side))[:, 1:2*side], 2*side), at, side)
+    want = x.clone()
+    for t in range(at, min(at + side, max_len)):
+        for s in range(at - side, at): want[..., t] += h[:, t - s]*x[..., s]
+    assert torch.equal(both[..., :at], x[..., :at])
+    assert_rel("square", want, both, 1e-13)
+
+@pytest.mark.parametrize("n,k,max_len", [(1, 1, 1), (1, 9, 9), (7, 3, 20), (20, 20, 20)])
+def test_a_prompt_gives_its_outputs_and_its_part_of_all_later_ones(n, k, max_len):
+    x, h = torch.randn(2, n, 70, dtype=torch.float64), torch.randn(k, 70, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, max_len - n))
+    assert_rel("prompt", causal_conv_ref(padded, h), prompt_outputs(x, h.mT, max_len).mT.contiguous(), 1e-13)
+
+@pytest.mark.parametrize("n,chunk", [(1, 4), (4, 4), (5, 4), (40, 7), (40, 128)])
+def test_a_discounted_sum_may_be_split_at_any_length(n, chunk):
+    re, im, _ = modes()
+    powers, x = torch.complex(re.double(), im.double()), torch.randn(2, 3, n, dtype=torch.float64)
+    back = (powers[..., None]*torch.arange(n - 1, -1, -1)).exp()                          # [d modes n]
+    assert_rel("sum", (back*x[:, :, None]).sum(-1), discounted_sum(x, powers, chunk), 1e-12)
+
 # ---- sums of exponentials
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101])
 def test_mode_taps(n):
     re, im, coef = modes(4, 3)
     powers = (torch.complex(re.double(), im.double())*torch.arange(n)[:, None, None]).exp()
-    assert_rel("taps", (powers*torch.view_as_complex(coef.double())).sum(-1).real, mode_taps(re, im, coef, n).double(), 1e-6)
+    want = (powers*torch.view_as_complex(coef.double())).sum(-1).real
+    assert_rel("taps", want, mode_taps(re, im, coef, n).double(), 1e-6)
 
 def test_gradients_of_mode_taps():
     args = [p.double().requires_grad_() for p in modes(2, 2)]
@@ -116,15 +149,16 @@ def test_angles_keep_their_accuracy():
     want = (re.double()[0]*t).exp()*(im.double()[0]*t).cos()
     assert_rel("late taps", want, mode_taps(re, im, coef, 60_000)[59_000:, 0].double(), 1e-6)
 
-@pytest.mark.parametrize("b,n,prompt", [(1, 1, 0), (1, 1, 1), (2, 40, 0), (2, 300, 127), (1, 300, 128), (2, 300, 129), (1, 300, 300)])
+@pytest.mark.parametrize("b,n,prompt", [(1, 1, 0), (1, 1, 1), (2, 40, 0), (2, 300, 127), (1, 300, 128), (2, 300, 129),
+                                        (1, 300, 300)])
 def test_the_recurrence_equals_the_convolution(b, n, prompt):
     p, x = modes(), torch.randn(b, n, 3)
     assert_rel("steps", causal_conv_ref(x, mode_taps(*p, n)), steps(ModeState(*p), x, prompt), 2e-6)
 
 def test_the_recurrence_does_not_drift():
-    p, x = modes(longest=3000.), torch.randn(1, 6000, 3)
-    size = 1 << 14
-    want = torch.fft.irfft(torch.fft.rfft(x.double(), size, 1)*torch.fft.rfft(mode_taps(*p, 6000).double(), size, 0), size, 1)[:, :6000]
+    p, x, size = modes(longest=3000.), torch.randn(1, 6000, 3), 1 << 14
+    H = torch.fft.rfft(mode_taps(*p, 6000).double(), size, 0)
+    want = torch.fft.irfft(torch.fft.rfft(x.double(), size, 1)*H, size, 1)[:, :6000]
     assert_rel("late outputs", want[:, -500:], steps(ModeState(*p), x, 0)[:, -500:].double(), 1e-5)
 
 # ---- filters turned into recurrences
@@ -156,7 +190,8 @@ def test_real_exponentials():
     for K in (2, 3): assert_rel("real", h, mode_taps(*fit_modes(h, K), 200), 1e-7)
 
 def test_more_modes_never_hurt_and_all_decay():
-    h = torch.stack([1/(1 + torch.arange(256.)), torch.randn(256)*(-torch.arange(256.)/20).exp(), torch.ones(256), torch.arange(256.)**2/256**2, torch.zeros(256) + (torch.arange(256) == 0)], 1)
+    t = torch.arange(256.)
+    h = torch.stack([1/(1 + t), torch.randn(256)*(-t/20).exp(), torch.ones(256), t**2/256**2, (t == 0).float()], 1)
     before = None
     for K in (1, 2, 4, 8):
         re, im, coef = fit_modes(h, K)

@@ -16,17 +16,26 @@ from ..core import InputError, LazyTriton
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000008
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16)
 
+def _check_rows(ids, v):
+    "Refuse ids without a row. A raw byte cannot be outside of 256 rows; on a GPU everything else waits for an answer"
+    if not ids.numel() or ids.dtype == torch.uint8 and v >= 256: return
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= v:
+        raise InputError(f"ids must be in [0, {v}), the rows of the table; got {low} to {high}")
+
 def _prepare(ids, table, scale, check=True):
     "Ids and scale as the rest takes them, or InputError"
-    if table.ndim != 2 or not table.is_floating_point(): raise InputError(f"table must be real [v d], got {table.dtype} {tuple(table.shape)}")
-    if ids.dtype not in WHOLE or ids.ndim < 1: raise InputError(f"ids must be whole numbers [b n], got {ids.dtype} {tuple(ids.shape)}")
-    if ids.device != table.device: raise InputError(f"ids are on {ids.device} and the table is on {table.device}: move one of them")
+    if table.ndim != 2 or not table.is_floating_point():
+        raise InputError(f"table must be real [v d], got {table.dtype} {tuple(table.shape)}")
+    if ids.dtype not in WHOLE or ids.ndim < 1:
+        raise InputError(f"ids must be whole numbers [b n], got {ids.dtype} {tuple(ids.shape)}")
+    if ids.device != table.device:
+        raise InputError(f"ids are on {ids.device} and the table is on {table.device}: move one of them")
     if ids.dtype == torch.uint16: ids = ids.int()                       # PyTorch computes little with uint16
-    if check and ids.numel() and not (ids.dtype == torch.uint8 and len(table) >= 256):     # a raw byte cannot be outside
-        low, high = torch.stack(ids.aminmax()).tolist()
-        if low < 0 or high >= len(table): raise InputError(f"ids must be in [0, {len(table)}), the rows of the table; got {low} to {high}")
+    if check: _check_rows(ids, len(table))
     return ids, math.sqrt(table.shape[1]) if scale is None else float(scale)
 
+# %% ../../nbs/kernels/43_bytes.ipynb #cf9ffe6e
 def byte_embed_ref(
     ids:Tensor,               # [b n]: uint8 (raw bytes), or any integers, in [0, v)
     table:Tensor,             # one row for each id [v d]; v = 257 for bytes and `<bos>`
@@ -59,79 +68,102 @@ def _rows_and_use(ids, p, c, n, positions, half, SHIFT:constexpr):
         row, use = tl.where(late, before, here), use & ((late & first[:, None]) == 0)
     return row, use
 
-@_jit
-def _look_up(ids, table, out, scale, n, positions, v, d, half, SHIFT:constexpr, BN:constexpr, BD:constexpr):
-    p, c = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1)*BD + tl.arange(0, BD)
-    row, use = _rows_and_use(ids, p, c, n, positions, half, SHIFT)
-    known, inside = (row >= 0) & (row < v), (p < positions)[:, None] & (c < d)[None, :]
-    x = tl.load(table + row*d + c[None, :], mask=use & known & inside, other=0.).to(tl.float32)*scale
-    x = tl.where(use & (known == 0), float("nan"), x)
-    if INTERPRETED and out.dtype.element_ty == tl.bfloat16: x = _round(x)             # the interpreter would cut bits off
-    tl.store(out + p.to(tl.int64)[:, None]*d + c[None, :], x.to(out.dtype.element_ty), mask=inside)
-
+# %% ../../nbs/kernels/43_bytes.ipynb #c7a3155d
 @_jit
 def _round(x):
     "To the nearest bfloat16, kept as float32. Only the interpreter needs it"
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, ((bits + 0x7fff + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True), x)
 
+@_jit
+def _look_up(ids, table, out, scale, n, positions, v, d, half, SHIFT:constexpr, BN:constexpr, BD:constexpr):
+    "out [positions d]: the row of each position, scaled"
+    p, c = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1)*BD + tl.arange(0, BD)
+    row, use = _rows_and_use(ids, p, c, n, positions, half, SHIFT)
+    known, inside = (row >= 0) & (row < v), (p < positions)[:, None] & (c < d)[None, :]
+    x = tl.load(table + row*d + c[None, :], mask=use & known & inside, other=0.).to(tl.float32)*scale
+    x = tl.where(use & (known == 0), float("nan"), x)
+    if INTERPRETED and out.dtype.element_ty == tl.bfloat16: x = _round(x)
+    tl.store(out + p.to(tl.int64)[:, None]*d + c[None, :], x.to(out.dtype.element_ty), mask=inside)
+
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000011
 @_jit
-def _accumulate(ids, go, partial, n, positions, v, d, half, stretch, SHIFT:constexpr, BV:constexpr, BN:constexpr, BD:constexpr):
+def _accumulate(ids, go, partial, n, positions, v, d, half, stretch,
+                SHIFT:constexpr, BV:constexpr, BN:constexpr, BD:constexpr):
+    "partial [stretches v d]: gradient of a block of rows from one stretch of positions, not scaled"
     r, c, s = tl.program_id(0)*BV + tl.arange(0, BV), tl.program_id(1)*BD + tl.arange(0, BD), tl.program_id(2)
     total = tl.zeros([BV, BD], tl.float32)
     for p0 in range(s*stretch, tl.minimum(s*stretch + stretch, positions), BN):
         p = p0 + tl.arange(0, BN)
         inside = p < positions
-        hot = tl.load(ids + p, mask=inside, other=0).to(tl.int64)[None, :] == r[:, None]      # [rows positions]
+        hot = tl.load(ids + p, mask=inside, other=0).to(tl.int64)[None, :] == r[:, None]     # [rows positions]
         reader, use = p[:, None] + tl.zeros([1, BD], tl.int32), inside[:, None] & (c < d)[None, :]
         if SHIFT:
             late = c[None, :] >= half
             reader, use = tl.where(late, reader + 1, reader), use & ((late & ((p + 1) % n == 0)[:, None]) == 0)
         g = tl.load(go + reader.to(tl.int64)*d + c[None, :], mask=use, other=0.)
-        if INTERPRETED: total += tl.dot(hot.to(tl.float32), g.to(tl.float32))                 # it has no bfloat16 product
+        if INTERPRETED: total += tl.dot(hot.to(tl.float32), g.to(tl.float32))               # no bfloat16 product there
         else: total += tl.dot(hot.to(g.dtype), g, input_precision="ieee")
-    tl.store(partial + (s*v + r).to(tl.int64)[:, None]*d + c[None, :], total, mask=(r < v)[:, None] & (c < d)[None, :])
+    at = partial + (s*v + r).to(tl.int64)[:, None]*d + c[None, :]
+    tl.store(at, total, mask=(r < v)[:, None] & (c < d)[None, :])
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000013
-BLOCKS = dict(forward=dict(BN=32, BD=128, num_warps=4), backward=dict(BV=64, BN=64, BD=64, num_warps=4, num_stages=2))   # powers of two, 16 at least
+BLOCKS = dict(forward=dict(BN=32, BD=128, num_warps=4),                      # powers of two, 16 at least
+              backward=dict(BV=64, BN=64, BD=64, num_warps=4, num_stages=2))
 STRETCH, STRETCHES = 1024, 32      # positions that a program adds up, at least; stretches at most
 
 def _options(direction, d):
+    "Launch options for d channels"
     o = BLOCKS[direction]
     return o | dict(BD=min(o["BD"], max(16, 1 << (d - 1).bit_length())))
 
+def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+def _launch_look_up(ids, table, scale, shift):
+    "[... d], the rows of ids, scaled"
+    (v, d), n, positions, o = table.shape, ids.shape[-1], ids.numel(), _options("forward", table.shape[1])
+    out = torch.empty(*ids.shape, d, dtype=table.dtype, device=table.device)
+    with _on(table):
+        _look_up[(-(-positions//o["BN"]), -(-d//o["BD"]))](
+            ids, table, out, scale, n, positions, v, d, (d + 1)//2, SHIFT=shift, **o)
+    return out
+
+def _launch_accumulate(ids, go, v, scale, shift):
+    "Gradient of the table [v d] in float32. go: gradient of the output, contiguous"
+    d, n, positions = go.shape[-1], ids.shape[-1], ids.numel()
+    o = _options("backward", d)
+    stretch = -(-max(STRETCH, -(-positions//STRETCHES))//o["BN"])*o["BN"]
+    stretches = -(-positions//stretch)
+    partial = torch.empty(stretches, v, d, dtype=torch.float32, device=go.device)
+    with _on(go):
+        _accumulate[(-(-v//o["BV"]), -(-d//o["BD"]), stretches)](
+            ids, go, partial, n, positions, v, d, (d + 1)//2, stretch, SHIFT=shift, **o)
+    return partial.sum(0)*scale
+
+# %% ../../nbs/kernels/43_bytes.ipynb #c9605878
 class _ByteEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, table, scale, shift):
-        (v, d), n, positions, o = table.shape, ids.shape[-1], ids.numel(), _options("forward", table.shape[1])
-        out = torch.empty(*ids.shape, d, dtype=table.dtype, device=table.device)
-        with torch.cuda.device(table.device) if table.is_cuda else nullcontext():
-            _look_up[(-(-positions//o["BN"]), -(-d//o["BD"]))](ids, table, out, scale, n, positions, v, d, (d + 1)//2, SHIFT=shift, **o)
         ctx.save_for_backward(ids)
-        ctx.rest = v, d, table.dtype, scale, shift
-        return out
+        ctx.rest = len(table), table.dtype, scale, shift
+        return _launch_look_up(ids, table, scale, shift)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, go):
-        (ids,), (v, d, dtype, scale, shift) = ctx.saved_tensors, ctx.rest
-        n, positions, o, go = ids.shape[-1], ids.numel(), _options("backward", d), go.contiguous()
-        stretch = -(-max(STRETCH, -(-positions//STRETCHES))//o["BN"])*o["BN"]
-        stretches = -(-positions//stretch)
-        partial = torch.empty(stretches, v, d, dtype=torch.float32, device=go.device)
-        with torch.cuda.device(go.device) if go.is_cuda else nullcontext():
-            _accumulate[(-(-v//o["BV"]), -(-d//o["BD"]), stretches)](ids, go, partial, n, positions, v, d, (d + 1)//2, stretch, SHIFT=shift, **o)
-        return None, (partial.sum(0)*scale).to(dtype), None, None
+        (ids,), (v, dtype, scale, shift) = ctx.saved_tensors, ctx.rest
+        return None, _launch_accumulate(ids, go.contiguous(), v, scale, shift).to(dtype), None, None
 
 # %% ../../nbs/kernels/43_bytes.ipynb #c0000015
 def why_not_byte_embed(
     table:Tensor,      # [v d]
 ) -> str|None:         # None where the kernels can run
     "One line that says why the kernels cannot run for tables like this"
-    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"{table.dtype}: the kernels compute in float32, use byte_embed_ref"
+    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{table.dtype}: the kernels compute in float32, use byte_embed_ref"
     return _jit.why_not(table.device, "the table", "byte_embed_ref")
 
+# %% ../../nbs/kernels/43_bytes.ipynb #c037579e
 def byte_embed(
     ids:Tensor,               # [b n]: uint8 (raw bytes), or any integers, in [0, v)
     table:Tensor,             # one row for each id [v d]; v = 257 for bytes and `<bos>`
@@ -139,11 +171,12 @@ def byte_embed(
     shift:bool=False,         # take the second half of the channels from the position before, zeros at the first
     *,
     impl:str="auto",          # "auto" | "ref" | "triton"
-    check:bool=True,          # look for ids without a row: on a GPU that waits. uint8 needs none; False: such ids give NaN ("triton" only)
+    check:bool=True,          # refuse ids without a row (waits for a GPU unless uint8); False: NaN there ("triton")
 ) -> Tensor:                  # [b n d], the dtype of the table
     """`byte_embed_ref` in one pass, with a gradient for the table whose bits do not change from run to run.
 
-    Raises `InputError` for ids without a row, NotImplementedError with `why_not_byte_embed`'s line for a forced "triton" that cannot run."""
+    Raises `InputError` for ids without a row, NotImplementedError with `why_not_byte_embed`'s line for a forced
+    "triton" that cannot run."""
     if impl not in ("auto", "ref", "triton"): raise InputError(f"impl must be auto, ref or triton, got {impl!r}")
     why = why_not_byte_embed(table) if impl == "triton" or impl == "auto" and table.is_cuda else "not wanted"
     if why and impl == "triton": raise NotImplementedError(f"impl='triton' cannot run: {why}")

@@ -29,7 +29,7 @@ def gated_conv_ref(
 constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
 _jit = LazyTriton(globals())
 
-# %% ../../nbs/kernels/41_longconv.ipynb #c0000010
+# %% ../../nbs/kernels/41_longconv.ipynb #c7515213
 @_jit
 def _at(x, b, c, t):
     "Addresses of positions t of channel c of x = (address, strides of b n d)"
@@ -49,8 +49,19 @@ def _dot(a, b, P:constexpr):
     "a @ b, summed in float32, with products of precision P"
     return tl.dot(a, b, input_precision=P)
 
+# %% ../../nbs/kernels/41_longconv.ipynb #c50acd7a
 @_jit
-def _convolution(x, w, gate, taps, y, sizes, TWO:constexpr, GATE:constexpr, FLIP:constexpr, C:constexpr, J:constexpr, BM:constexpr, P:constexpr):
+def _rounded(x, address):
+    "x [float32] so that a store to an address of its type rounds to nearest, in the interpreter too"
+    if INTERPRETED and address.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7fff + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(address.dtype.element_ty)
+
+# %% ../../nbs/kernels/41_longconv.ipynb #c0000010
+@_jit
+def _convolution(x, w, gate, taps, y, sizes,
+                 TWO:constexpr, GATE:constexpr, FLIP:constexpr, C:constexpr, J:constexpr, BM:constexpr, P:constexpr):
     "y = gate * (taps conv (x*w)). One program: one channel of one text, C*J positions"
     n, d, k, blocks = sizes
     first, c, b = tl.program_id(0) % blocks*(C*J), tl.program_id(0)//blocks % d, tl.program_id(0)//blocks//d
@@ -66,11 +77,9 @@ def _convolution(x, w, gate, taps, y, sizes, TWO:constexpr, GATE:constexpr, FLIP
     inside = t < n
     if FLIP: t = n - 1 - t
     if GATE: total *= tl.load(_at(gate, b, c, t), mask=inside, other=0.).to(tl.float32)
-    if INTERPRETED and y[0].dtype.element_ty == tl.bfloat16:            # the interpreter would cut bits off instead of rounding
-        bits = total.to(tl.int32, bitcast=True)
-        total = ((bits + 0x7fff + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    tl.store(_at(y, b, c, t), total.to(y[0].dtype.element_ty), mask=inside)
+    tl.store(_at(y, b, c, t), _rounded(total, y[0]), mask=inside)
 
+# %% ../../nbs/kernels/41_longconv.ipynb #c9e1ac96
 @_jit
 def _tap_gradient(go, gate, u, grad, sizes, GATE:constexpr, C:constexpr, J:constexpr, BM:constexpr, P:constexpr):
     "Gradient of J*C taps of one channel: the sum over all positions of all texts"
@@ -79,7 +88,7 @@ def _tap_gradient(go, gate, u, grad, sizes, GATE:constexpr, C:constexpr, J:const
     a, r, tt = tl.arange(0, J), tl.arange(0, C), tl.arange(0, BM)
     total = tl.zeros([J, C], tl.float32)
     for b0 in range(0, batch):
-        b = b0 + c*0                                                    # a number of the kernel, also where b0 is a constant
+        b = b0 + c*0                                # a number of the kernel, also where b0 is a constant
         for t0 in range(0, n - first, BM):
             t = t0 + tt
             later = _read(go, gate, b, c, first + t[None, :] + a[:, None]*C, n, GATE, False)
@@ -87,7 +96,7 @@ def _tap_gradient(go, gate, u, grad, sizes, GATE:constexpr, C:constexpr, J:const
     s = first + a[:, None]*C + r[None, :]
     tl.store(grad + c.to(tl.int64)*k + s, total, mask=s < k)
 
-# %% ../../nbs/kernels/41_longconv.ipynb #c0000012
+# %% ../../nbs/kernels/41_longconv.ipynb #c9bf791e
 OVERRIDE = {}     # launch options for tests and tuning: C, J, BM, P, num_warps
 
 def tuning(
@@ -97,19 +106,32 @@ def tuning(
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return dict(C=32, J=32, BM=32, P="ieee" if exact else "tf32", num_warps=4) | OVERRIDE
 
+# %% ../../nbs/kernels/41_longconv.ipynb #ce3b1c0a
 def _strided(x): return (x, *x.stride())
 
-def _rows(x): return x if x is None or x.stride(1) == 1 else x.mT.contiguous().mT     # positions side by side: a copy costs less than reading across
+def _rows(x): return x if x is None or x.stride(1) == 1 else x.mT.contiguous().mT
+
+def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 def _conv(u, taps, w=None, gate=None, flip=False):
     "gate * (taps conv (u*w)), the last positions first where `flip`"
     (b, n, d), y, o = u.shape, torch.empty_like(u), tuning(u.dtype)
     blocks = -(-n//(o["C"]*o["J"]))
-    with torch.cuda.device(u.device) if u.is_cuda else nullcontext():
-        _convolution[(b*d*blocks,)](_strided(u), _strided(u if w is None else w), _strided(u if gate is None else gate), _strided(taps), _strided(y),
-                                    (n, d, len(taps), blocks), TWO=w is not None, GATE=gate is not None, FLIP=flip, **o)
+    tensors = [_strided(x) for x in (u, u if w is None else w, u if gate is None else gate, taps, y)]
+    with _on(u):
+        _convolution[(b*d*blocks,)](*tensors, (n, d, len(taps), blocks),
+            TWO=w is not None, GATE=gate is not None, FLIP=flip, **o)
     return y
 
+def _grad_taps(go, gate, u, k):
+    "Gradient of the k taps [k d] in float32"
+    (b, n, d), o = u.shape, tuning(u.dtype)
+    blocks, grad = -(-k//(o["C"]*o["J"])), torch.empty(d, k, dtype=torch.float32, device=u.device)
+    tensors = [_strided(x) for x in (go, go if gate is None else gate, u)]
+    with _on(u): _tap_gradient[(d*blocks,)](*tensors, grad, (n, d, k, b, blocks), GATE=gate is not None, **o)
+    return grad.mT
+
+# %% ../../nbs/kernels/41_longconv.ipynb #c0000012
 class _GatedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, taps, gate):
@@ -123,21 +145,26 @@ class _GatedConv(torch.autograd.Function):
         need_u, need_taps, need_gate = ctx.needs_input_grad
         du = _conv(go, taps, w=gate, flip=True).to(u.dtype) if need_u else None
         dgate = _conv(u, taps, gate=go).to(gate.dtype) if need_gate else None
-        if not need_taps: return du, None, dgate
-        (b, n, d), (k, _), o = u.shape, taps.shape, tuning(u.dtype)
-        blocks, grad = -(-k//(o["C"]*o["J"])), torch.empty(d, k, dtype=torch.float32, device=u.device)
-        with torch.cuda.device(u.device) if u.is_cuda else nullcontext():
-            _tap_gradient[(d*blocks,)](_strided(go), _strided(go if gate is None else gate), _strided(u), grad, (n, d, k, b, blocks), GATE=gate is not None, **o)
-        return du, grad.mT.to(taps.dtype), dgate
+        dtaps = _grad_taps(go, gate, u, len(taps)).to(taps.dtype) if need_taps else None
+        return du, dtaps, dgate
 
-# %% ../../nbs/kernels/41_longconv.ipynb #c0000014
+# %% ../../nbs/kernels/41_longconv.ipynb #c63632ff
 def why_not_triton(
     u:Tensor,      # [b n d]
 ) -> str|None:     # None where the kernels can run for tensors like u
     "One line that says why the kernels cannot run for tensors like `u`"
-    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16): return f"{u.dtype}: the kernels compute in float32, use impl='ref'"
+    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{u.dtype}: the kernels compute in float32, use impl='ref'"
     return _jit.why_not(u.device, "u", "impl='ref'")
 
+def _check_input(u, taps, gate, impl):
+    if impl not in ("auto", "ref", "triton"): raise InputError(f"impl must be auto, ref or triton, got {impl!r}")
+    fits = u.ndim == 3 and taps.ndim == 2 and taps.shape[1] == u.shape[2] and (gate is None or gate.shape == u.shape)
+    if not fits:
+        got = ", ".join(str(None if x is None else tuple(x.shape)) for x in (u, taps, gate))
+        raise InputError(f"need u [b n d], taps [k d], gate [b n d], got {got}")
+
+# %% ../../nbs/kernels/41_longconv.ipynb #c0000014
 def gated_conv(
     u:Tensor,               # [b n d]; is copied unless positions lie side by side in memory, as in x.mT of rows [b d n]
     taps:Tensor,            # [k d], any k; those beyond n do not matter
@@ -146,14 +173,13 @@ def gated_conv(
 ) -> Tensor:                # [b n d], the dtype of u
     """gate * (taps conv u), causal, with gradients of all three. O(n k): for long filters use the FFT.
 
-    Raises `InputError` for shapes that do not fit, NotImplementedError with `why_not_triton`'s line where `impl="triton"` cannot run."""
-    if impl not in ("auto", "ref", "triton"): raise InputError(f"impl must be auto, ref or triton, got {impl!r}")
-    if u.ndim != 3 or taps.ndim != 2 or taps.shape[1] != u.shape[2] or gate is not None and gate.shape != u.shape:
-        raise InputError(f"need u [b n d], taps [k d], gate [b n d], got {tuple(u.shape)}, {tuple(taps.shape)}, {None if gate is None else tuple(gate.shape)}")
-    if impl == "auto": impl = "triton" if u.is_cuda and not any(why_not_triton(x) for x in (u, taps) + (gate,)*(gate is not None)) else "ref"
+    Raises `InputError` for shapes that do not fit, NotImplementedError with `why_not_triton`'s line where
+    `impl="triton"` cannot run."""
+    _check_input(u, taps, gate, impl)
+    if impl == "auto" and not u.is_cuda: impl = "ref"
     if impl == "ref": return gated_conv_ref(u, taps, gate)
-    why = why_not_triton(u) or why_not_triton(taps) or (None if gate is None else why_not_triton(gate))
-    if why: raise NotImplementedError(f"gated_conv: {why}")
-    if not u.numel() or not len(taps): return gated_conv_ref(u, taps, gate)
+    why = next(filter(None, (why_not_triton(x) for x in (u, taps, gate) if x is not None)), None)
+    if why and impl == "triton": raise NotImplementedError(f"gated_conv: {why}")
+    if why or not u.numel() or not len(taps): return gated_conv_ref(u, taps, gate)
     _jit.load()
     return _GatedConv.apply(_rows(u), taps[:u.shape[1]], _rows(gate))

@@ -25,11 +25,12 @@ def pack_codes(
     at = torch.arange(codes.shape[1], device=codes.device)*bits
     words = torch.zeros(len(codes), -(-codes.shape[1]*bits//32) + 1, dtype=torch.int64, device=codes.device)
     shifted = codes.long() << (at & 31)
-    words.index_add_(1, at >> 5, shifted & 0xffffffff)              # the bits of different codes are disjoint: adding is joining
+    words.index_add_(1, at >> 5, shifted & 0xffffffff)      # bits of different codes are disjoint: adding is joining
     words.index_add_(1, (at >> 5) + 1, shifted >> 32)
     words = words[:, :-1]
     return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
 
+# %% ../../nbs/kernels/42_polar.ipynb #cb3df9fc
 def unpack_codes(
     words:Tensor,   # [rows, ceil(cols*bits/32)] int32
     bits:int,       # of a code
@@ -60,6 +61,7 @@ def polar_points(
     size = radii.to(wide)[level]*scales.to(wide).repeat_interleave(group, 1)[:, :cols]
     return torch.polar(size, angle)
 
+# %% ../../nbs/kernels/42_polar.ipynb #c5784ea1
 def polar_matmul_ref(
     x:Tensor,        # complex [... cols], or real [... 2*cols] for weights of which neighbouring columns were paired
     words:Tensor,    # codes of W [rows, ceil(cols*bits/32)] int32, see `pack_codes`
@@ -77,53 +79,79 @@ def polar_matmul_ref(
     if x.is_complex(): return x @ W.to(x.dtype).T
     return x @ torch.view_as_real(W).flatten(1).to(x.dtype).T
 
-def _check(x, words, scales, radii, phases, bits, group, cols):
-    if not x.is_floating_point() and not x.is_complex(): raise InputError(f"x must be complex or floating point, got {x.dtype}")
-    if not 1 <= bits <= 16 or group < 1: raise InputError(f"need bits from 1 to 16 and group >= 1, got bits={bits}, group={group}")
+# %% ../../nbs/kernels/42_polar.ipynb #c301acc2
+def _check_x(x, bits, group, cols):
+    "Refuse x that does not fit the columns, and options out of range"
+    if not x.is_floating_point() and not x.is_complex():
+        raise InputError(f"x must be complex or floating point, got {x.dtype}")
+    if not 1 <= bits <= 16 or group < 1:
+        raise InputError(f"need bits from 1 to 16 and group >= 1, got bits={bits}, group={group}")
     if not x.ndim or x.shape[-1] != (cols if x.is_complex() else 2*cols):
-        raise InputError(f"with {cols} columns x must be complex [... {cols}] or real [... {2*cols}], got {x.dtype} {tuple(x.shape)}")
+        raise InputError(f"with {cols} columns x must be complex [... {cols}] or real [... {2*cols}], "
+                         f"got {x.dtype} {tuple(x.shape)}")
+
+def _check(x, words, scales, radii, phases, bits, group, cols):
+    "Refuse what does not fit together"
+    _check_x(x, bits, group, cols)
     need = (len(words), -(-cols*bits//32)), (len(words), -(-cols//group))
     if words.shape != need[0] or words.dtype != torch.int32 or scales.shape != need[1]:
-        raise InputError(f"{cols} columns of {bits} bits in groups of {group} need words {need[0]} int32 and scales {need[1]}, "
-                         f"got {tuple(words.shape)} {words.dtype} and {tuple(scales.shape)}")
+        raise InputError(f"{cols} columns of {bits} bits in groups of {group} need words {need[0]} int32 and scales "
+                         f"{need[1]}, got {tuple(words.shape)} {words.dtype} and {tuple(scales.shape)}")
     if radii.shape != (len(phases),) or not phases or min(phases) < 1 or sum(phases) > 1 << bits:
-        raise InputError(f"need one radius a level and at least one phase, {1 << bits} phases at most; got radii {tuple(radii.shape)}, "
-                         f"{len(phases)} levels, {sum(phases)} phases")
-    if len({a.device for a in (x, words, scales, radii)}) > 1:
-        raise InputError("x, words, scales and radii must be on one device, got " + ", ".join(str(a.device) for a in (x, words, scales, radii)))
+        raise InputError(f"need one radius a level and at least one phase, {1 << bits} phases at most; "
+                         f"got radii {tuple(radii.shape)}, {len(phases)} levels, {sum(phases)} phases")
+    devices = [a.device for a in (x, words, scales, radii)]
+    if len(set(devices)) > 1:
+        raise InputError(f"x, words, scales and radii must be on one device, got {', '.join(map(str, devices))}")
 
 # %% ../../nbs/kernels/42_polar.ipynb #c0000011
 constexpr = "constexpr"   # how Triton spells the annotation; `_jit.load` puts the type itself here
 _jit = LazyTriton(globals())
 
-# %% ../../nbs/kernels/42_polar.ipynb #c0000013
+# %% ../../nbs/kernels/42_polar.ipynb #ca86fe5b
 @_jit
-def _weights(words, scales, radii, phases, first, levels, r, c, sizes, BITS:constexpr, GROUP:constexpr, SHIFT:constexpr):
-    "W[r, c] with c running down: real and imaginary parts [c r]"
-    _, rows, cols, width, groups = sizes
-    inside, bit, row = (c[:, None] < cols) & (r[None, :] < rows), c*BITS, r.to(tl.int64)[None, :]
+def _codes(words, row, c, width, inside, BITS:constexpr):
+    "Codes of columns c running down, of rows running to the right [c r]"
+    bit = c*BITS
     at = words + row*width + (bit >> 5)[:, None]
     code = tl.load(at, mask=inside, other=0).to(tl.int64) & 0xffffffff
     if 32 % BITS:                                                   # a code may straddle two words
-        code |= tl.load(at + 1, mask=inside & ((bit >> 5) + 1 < width)[:, None], other=0).to(tl.int64) << 32
-    code = ((code >> (bit & 31)[:, None]) & ((1 << BITS) - 1)).to(tl.int32)
-    if SHIFT >= 0: level = code >> SHIFT
-    else: level = tl.load(levels + code).to(tl.int32)
-    turn, n = code - tl.load(first + level), tl.load(phases + level)
+        more = inside & ((bit >> 5) + 1 < width)[:, None]
+        code |= tl.load(at + 1, mask=more, other=0).to(tl.int64) << 32
+    return ((code >> (bit & 31)[:, None]) & ((1 << BITS) - 1)).to(tl.int32)
+
+# %% ../../nbs/kernels/42_polar.ipynb #c0fc7007
+@_jit
+def _cos_sin(turn, n):
+    "Cosine and sine of turn/n of a whole turn, up to a sign; and that sign"
     quarter = (turn.to(tl.float32)*(4./n.to(tl.float32)) + .5).to(tl.int32)
     a = (4*turn - quarter*n).to(tl.float32)*(1.5707963267948966/n.to(tl.float32))    # at most pi/4
     aa = a*a
     sin = a*(1 + aa*(-1/6 + aa*(1/120 + aa*(-1/5040 + aa*(1/362880)))))
     cos = 1 + aa*(-1/2 + aa*(1/24 + aa*(-1/720 + aa*(1/40320))))
     odd = (quarter & 1) == 1
-    u, v = tl.where(odd, -sin, cos), tl.where(odd, cos, sin)
+    return tl.where(odd, -sin, cos), tl.where(odd, cos, sin), tl.where((quarter & 2) == 2, -1., 1.)
+
+# %% ../../nbs/kernels/42_polar.ipynb #c0000013
+@_jit
+def _weights(words, scales, radii, phases, first, levels, r, c, sizes,
+             BITS:constexpr, GROUP:constexpr, SHIFT:constexpr):
+    "W[r, c] with c running down: real and imaginary parts [c r]"
+    _, rows, cols, width, groups = sizes
+    inside, row = (c[:, None] < cols) & (r[None, :] < rows), r.to(tl.int64)[None, :]
+    code = _codes(words, row, c, width, inside, BITS)
+    if SHIFT >= 0: level = code >> SHIFT
+    else: level = tl.load(levels + code).to(tl.int32)
+    u, v, sign = _cos_sin(code - tl.load(first + level), tl.load(phases + level))
     scale = tl.load(scales + row*groups + (c//GROUP)[:, None], mask=inside, other=0.).to(tl.float32)
-    size = tl.load(radii + level)*scale*tl.where((quarter & 2) == 2, -1., 1.)
+    size = tl.load(radii + level)*scale*sign
     return size*u, size*v
 
+# %% ../../nbs/kernels/42_polar.ipynb #c6c86bfd
 @_jit
-def _polar_matmul(x, words, scales, radii, phases, first, levels, y, sizes, COMPLEX:constexpr, BITS:constexpr, GROUP:constexpr,
-                  SHIFT:constexpr, BM:constexpr, BN:constexpr, BK:constexpr, P:constexpr):
+def _polar_matmul(x, words, scales, radii, phases, first, levels, y, sizes, COMPLEX:constexpr, BITS:constexpr,
+                  GROUP:constexpr, SHIFT:constexpr, BM:constexpr, BN:constexpr, BK:constexpr, P:constexpr):
+    "y = x W^T; complex numbers are pairs of floats in memory"
     n, rows, cols, width, groups = sizes
     i, r = tl.program_id(0)*BM + tl.arange(0, BM), tl.program_id(1)*BN + tl.arange(0, BN)
     line = i.to(tl.int64)[:, None]
@@ -131,9 +159,10 @@ def _polar_matmul(x, words, scales, radii, phases, first, levels, y, sizes, COMP
     for c0 in range(0, cols, BK):
         c = c0 + tl.arange(0, BK)
         inside = (i[:, None] < n) & (c[None, :] < cols)
-        a = tl.load(x + line*(2*cols) + 2*c[None, :], mask=inside, other=0.).to(tl.float32)          # x = a + i b
+        # x = a + i b, W = u + i v
+        a = tl.load(x + line*(2*cols) + 2*c[None, :], mask=inside, other=0.).to(tl.float32)
         b = tl.load(x + line*(2*cols) + 2*c[None, :] + 1, mask=inside, other=0.).to(tl.float32)
-        u, v = _weights(words, scales, radii, phases, first, levels, r, c, sizes, BITS, GROUP, SHIFT)  # W = u + i v
+        u, v = _weights(words, scales, radii, phases, first, levels, r, c, sizes, BITS, GROUP, SHIFT)
         if COMPLEX:
             real += tl.dot(a, u, input_precision=P) - tl.dot(b, v, input_precision=P)
             imag += tl.dot(a, v, input_precision=P) + tl.dot(b, u, input_precision=P)
@@ -151,34 +180,53 @@ def why_not_triton(
     "One line that says why the kernel cannot run for tensors like `x`"
     if x.dtype not in (torch.complex64, torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype}: the kernel computes in float32, use impl='ref'"
-    if x.requires_grad and torch.is_grad_enabled(): return "x needs a gradient, which the kernel does not have: use impl='ref', or torch.no_grad()"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "x needs a gradient, which the kernel does not have: use impl='ref', or torch.no_grad()"
     return _jit.why_not(x.device, "x", "impl='ref'")
 
-OVERRIDE = {}   # launch options for tests and tuning: BM, BN, BK, P
+# %% ../../nbs/kernels/42_polar.ipynb #c23e06b5
+def _phase_bits(phases, bits):
+    "Bits of the phase where every level has the same power of two of phases and all codes are used; else -1"
+    same = phases[0]
+    power_of_two = same & (same - 1) == 0
+    if set(phases) == {same} and len(phases)*same == 1 << bits and power_of_two: return same.bit_length() - 1
+    return -1
 
 @functools.lru_cache(256)
 def _tables(phases, bits, device):
-    "Number of phases and first code of each level; bits of the phase where that is all (else -1, and the level of each code)"
-    count, same = torch.tensor(phases), phases[0]
-    shift = same.bit_length() - 1 if set(phases) == {same} and len(phases)*same == 1 << bits and same & (same - 1) == 0 else -1
-    codes = torch.arange(1 << bits if shift < 0 else 1)              # codes that no level has read as the last: never out of bounds
-    levels = torch.bucketize(codes, count.cumsum(0), right=True).clamp(max=len(phases) - 1)
+    "Number of phases and first code of each level, the level of each code, and `_phase_bits`"
+    count, shift = torch.tensor(phases), _phase_bits(phases, bits)
+    codes = torch.arange(1 << bits if shift < 0 else 1)
+    levels = torch.bucketize(codes, count.cumsum(0), right=True)
+    levels = levels.clamp(max=len(phases) - 1)           # codes that no level has read as the last: never out of bounds
     return count.int().to(device), (count.cumsum(0) - count).int().to(device), levels.short().to(device), shift
 
+# %% ../../nbs/kernels/42_polar.ipynb #c9629809
+OVERRIDE = {}   # launch options for tests and tuning: BM, BN, BK, P
+
+def _rows_at_once(n):
+    "Rows of x in a tile: as many as there are, from 16 to 64"
+    if n <= 16: return 16
+    return 32 if n <= 32 else 64
+
 def _launch(x, words, scales, radii, phases, bits, group, cols):
+    "Run the kernel"
     _jit.load()
     count, first, levels, shift = _tables(tuple(phases), bits, x.device)
     lines = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1, 2*cols).contiguous()
     n, rows = len(lines), len(words)
     y = torch.empty(n, rows, *(2,)*x.is_complex(), dtype=torch.float32, device=x.device)
-    P = "ieee" if x.dtype in (torch.complex64, torch.float32) and torch.get_float32_matmul_precision() == "highest" else "tf32"
-    o = dict(BM=16 if n <= 16 else 32 if n <= 32 else 64, BN=64, BK=32, P=P) | OVERRIDE
+    single = x.dtype in (torch.complex64, torch.float32)
+    P = "ieee" if single and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    o = dict(BM=_rows_at_once(n), BN=64, BK=32, P=P) | OVERRIDE
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _polar_matmul[(-(-n//o["BM"]), -(-rows//o["BN"]))](
             lines, words.contiguous(), scales.contiguous(), radii.float().contiguous(), count, first, levels, y,
-            (n, rows, cols, words.shape[1], scales.shape[1]), COMPLEX=x.is_complex(), BITS=bits, GROUP=group, SHIFT=shift, **o)
+            (n, rows, cols, words.shape[1], scales.shape[1]),
+            COMPLEX=x.is_complex(), BITS=bits, GROUP=group, SHIFT=shift, **o)
     return (torch.view_as_complex(y) if x.is_complex() else y.to(x.dtype)).view(*x.shape[:-1], rows)
 
+# %% ../../nbs/kernels/42_polar.ipynb #c527c010
 def polar_matmul(
     x:Tensor,        # complex [... cols], or real [... 2*cols] for weights of which neighbouring columns were paired
     words:Tensor,    # codes of W [rows, ceil(cols*bits/32)] int32, see `pack_codes`
@@ -193,7 +241,8 @@ def polar_matmul(
 ) -> Tensor:         # x @ W.T, [... rows], the dtype of x
     """`polar_matmul_ref` without ever writing W.
 
-    Raises `InputError` for shapes that do not fit, NotImplementedError with `why_not_triton`'s line where `impl="triton"` cannot run."""
+    Raises `InputError` for shapes that do not fit, NotImplementedError with `why_not_triton`'s line where
+    `impl="triton"` cannot run."""
     if impl not in ("auto", "ref", "triton"): raise InputError(f"impl must be auto, ref or triton, got {impl!r}")
     if impl == "auto": impl = "triton" if x.is_cuda and why_not_triton(x) is None else "ref"
     if impl == "ref": return polar_matmul_ref(x, words, scales, radii, phases, bits=bits, group=group, cols=cols)

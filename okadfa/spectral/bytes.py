@@ -11,6 +11,19 @@ import numpy as np
 from ..core import InputError
 
 # %% ../../nbs/spectral/35_bytes.ipynb #c0000008
+def _checked_ids(ids, vocab_size):
+    "Ids as a flat array, or an InputError that names the first wrong one"
+    ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids).reshape(-1)
+    if not ids.size: return ids.astype(np.int64)
+    if ids.dtype.kind not in "iu": raise InputError(f"ids are whole numbers; got {ids.dtype}")
+    bad = (ids < 0) | (ids >= vocab_size)
+    if bad.any():
+        at = int(bad.argmax())
+        raise InputError(f"id {ids[at]} at position {at} is outside the {vocab_size} ids of this vocabulary; "
+                         "decode with the tokenizer that encoded")
+    return ids
+
+# %% ../../nbs/spectral/35_bytes.ipynb #c52c214b
 class ByteEncoder:
     "UTF-8 bytes as the vocabulary: ids 0 to 255 are the bytes, specials follow"
     name, specials = "bytes", ("<bos>",)
@@ -35,14 +48,7 @@ class ByteEncoder:
         ids,                # integer ids [n]: a list, an array or a tensor
     ) -> bytes:             # specials dropped
         "Ids to the exact bytes. Raises InputError for ids that are not whole numbers in [0, vocab_size)."
-        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids).reshape(-1)
-        if not ids.size: return b""
-        if ids.dtype.kind not in "iu": raise InputError(f"ids are whole numbers; got {ids.dtype}")
-        bad = (ids < 0) | (ids >= self.vocab_size)
-        if bad.any():
-            at = int(bad.argmax())
-            raise InputError(f"id {ids[at]} at position {at} is outside the {self.vocab_size} ids of this vocabulary; "
-                             "decode with the tokenizer that encoded")
+        ids = _checked_ids(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes()
 
     def decode(self,

@@ -39,69 +39,95 @@ def fast_length(
         p5 *= 5
     return best
 
-# %% ../../nbs/spectral/32_mixing.ipynb #c0000013
+# %% ../../nbs/spectral/32_mixing.ipynb #cf9b23d5
 WORK = 1 << 19      # numbers that one round of FFTs on a CPU works on
 
-def _some_rows(x, size): return x.shape[1] if x.is_cuda else max(1, WORK//(x.shape[0]*size))
+def _rounds(x, size):
+    "Slices of the rows of x [b d n] that are transformed together, by FFTs of length size"
+    step = x.shape[1] if x.is_cuda else max(1, WORK//(x.shape[0]*size))
+    return (slice(i, i + step) for i in range(0, x.shape[1], step))
 
-def _rows(x, H, size, gate=None, key=None, out=None):
-    "gate times the rows of x*key [b d n] through the filters with spectra H [d f] of length size. `out` may be x"
-    out, step = x.new_empty(x.shape) if out is None else out, _some_rows(x, size)
-    for at in (slice(i, i + step) for i in range(0, x.shape[1], step)):
-        v = x[:, at] if key is None else x[:, at]*key[:, at]
-        y = torch.fft.irfft(torch.fft.rfft(v.to(H.real.dtype), size).mul_(H[at]), size)[..., :x.shape[2]]
-        if gate is None: out[:, at] = y
-        else: torch.mul(y, gate[:, at], out=out[:, at])
+def _filter_rows(x, spectra, size, gate=None, key=None, out=None):
+    "gate times the rows of x*key [b d n] through filters with spectra [d f] of length size. `out` may be x"
+    if out is None: out = x.new_empty(x.shape)
+    for rows in _rounds(x, size):
+        v = x[:, rows] if key is None else x[:, rows]*key[:, rows]
+        y = torch.fft.rfft(v.to(spectra.real.dtype), size).mul_(spectra[rows])
+        y = torch.fft.irfft(y, size)[..., :x.shape[2]]
+        if gate is None: out[:, rows] = y
+        else: torch.mul(y, gate[:, rows], out=out[:, rows])
     return out
 
-def _product(w, x, step=1024):
-    "w x^T [k n] for w [k d] and x [n d], some positions at a time: faster than all at once"
-    out = x.new_empty(len(w), len(x))
-    for at in (slice(i, i + step) for i in range(0, len(x), step)): torch.mm(w, x[at].mT, out=out[:, at])
-    return out
+# %% ../../nbs/spectral/32_mixing.ipynb #cb7f7133
+def _row_gradients(g, x, spectra, k, need_x, need_h):
+    "Gradients of rows x [b d n] and of their k taps [d k], where needed, from that of the outputs g [b d n]"
+    n, size = x.shape[2], fast_length(x.shape[2] + k - 1)
+    dx = torch.empty_like(g) if need_x else None
+    dh = g.new_empty(g.shape[1], k) if need_h else None
+    for rows in _rounds(x, size):
+        G = torch.fft.rfft(g[:, rows], size)
+        if need_h:
+            X = torch.fft.rfft(x[:, rows], size)
+            dh[rows] = torch.fft.irfft((X.conj()*G).sum(0), size)[:, :k]
+        if need_x: dx[:, rows] = torch.fft.irfft(G.mul_(spectra[rows].conj()), size)[..., :n]
+    return dx, dh
 
+# %% ../../nbs/spectral/32_mixing.ipynb #c8344997
 class _RowConv(torch.autograd.Function):
     "Rows x [b d n] through taps h [d k], k <= n"
     @staticmethod
     def forward(ctx, x, h):
         size = fast_length(x.shape[2] + h.shape[1] - 1)
-        H = torch.fft.rfft(h, size)
-        ctx.save_for_backward(x, h, H)
-        return _rows(x, H, size)
+        spectra = torch.fft.rfft(h, size)
+        ctx.save_for_backward(x, h, spectra)
+        return _filter_rows(x, spectra, size)
 
     @staticmethod
     def backward(ctx, g):
-        x, h, H = ctx.saved_tensors
+        x, h, spectra = ctx.saved_tensors
         g = g.contiguous()               # rows, a few at a time
-        (need_x, need_h), n, k = ctx.needs_input_grad, x.shape[2], h.shape[1]
-        if torch.is_grad_enabled():      # second derivatives are asked for: both gradients are convolutions back in time
-            dh = sum(_RowConv.apply(gb.flip(-1)[None], xb)[0] for gb, xb in zip(g, x)).flip(-1)[:, :k] if need_h else None
-            return _RowConv.apply(g.flip(-1), h).flip(-1) if need_x else None, dh
-        size, dx, dh = fast_length(n + k - 1), torch.empty_like(g) if need_x else None, torch.empty_like(h) if need_h else None
-        step = _some_rows(x, size)
-        for at in (slice(i, i + step) for i in range(0, x.shape[1], step)):
-            G = torch.fft.rfft(g[:, at], size)
-            if need_h: dh[at] = torch.fft.irfft((torch.fft.rfft(x[:, at], size).conj()*G).sum(0), size)[:, :k]
-            if need_x: dx[:, at] = torch.fft.irfft(G.mul_(H[at].conj()), size)[..., :n]
-        return dx, dh
+        if torch.is_grad_enabled(): return _back_in_time(g, x, h, *ctx.needs_input_grad)
+        return _row_gradients(g, x, spectra, h.shape[1], *ctx.needs_input_grad)
 
+def _back_in_time(g, x, h, need_x, need_h):
+    "`_row_gradients` by convolutions, for second derivatives"
+    dx = _RowConv.apply(g.flip(-1), h).flip(-1) if need_x else None
+    if not need_h: return dx, None
+    dh = sum(_RowConv.apply(g_text.flip(-1)[None], x_text)[0] for g_text, x_text in zip(g, x))
+    return dx, dh.flip(-1)[:, :h.shape[1]]
+
+# %% ../../nbs/spectral/32_mixing.ipynb #c0000013
 def causal_fft_conv(
     x:Tensor,       # [b n d]
     taps:Tensor,    # [k d] real, any k: those beyond n do not matter, those that are missing are zero
 ) -> Tensor:        # [b n d], the dtype of x
     "`causal_conv_ref` in O(n log n). Half precision is computed in float32. Raises `InputError` for what does not fit"
-    if x.ndim != 3 or taps.ndim != 2 or x.shape[2] != taps.shape[1]: raise InputError(f"need x [b n d] and taps [k d], got {tuple(x.shape)} and {tuple(taps.shape)}")
-    if not (x.is_floating_point() and taps.is_floating_point()): raise InputError(f"x and taps must be real floating point numbers, got {x.dtype} and {taps.dtype}")
+    if x.ndim != 3 or taps.ndim != 2 or x.shape[2] != taps.shape[1]:
+        raise InputError(f"need x [b n d] and taps [k d], got {tuple(x.shape)} and {tuple(taps.shape)}")
+    if not (x.is_floating_point() and taps.is_floating_point()):
+        raise InputError(f"x and taps must be real floating point numbers, got {x.dtype} and {taps.dtype}")
     if 0 in x.shape or len(taps) == 0: return x*0
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        return _RowConv.apply(x.to(wide).mT.contiguous(), taps[:x.shape[1]].to(wide).mT.contiguous()).mT.to(x.dtype)
+        rows, h = x.to(wide).mT.contiguous(), taps[:x.shape[1]].to(wide).mT.contiguous()
+        return _RowConv.apply(rows, h).mT.to(x.dtype)
 
-# %% ../../nbs/spectral/32_mixing.ipynb #c000001c
+# %% ../../nbs/spectral/32_mixing.ipynb #c72a568a
 def _timescales(size, horizon, generator):
     "Decay times, log-uniform between 1 and horizon"
     return horizon**torch.rand(size, generator=generator)
 
+def _draw_modes(d, modes, horizon, seed):
+    "log_rate and freq [d modes], coef [d modes 2] of filters that leave the variance of a white input as it is"
+    g = seeded_generator("mode filter", seed)
+    tau = _timescales((d, modes), horizon, g)
+    log_rate = -tau.log()
+    freq = torch.randn(d, modes, generator=g)*4/tau                               # about a turn within the decay
+    coef = torch.randn(d, modes, 2, generator=g)
+    taps = mode_taps(-log_rate.exp(), freq, coef, 4*horizon)
+    return log_rate, freq, coef/taps.norm(dim=0)[:, None, None]
+
+# %% ../../nbs/spectral/32_mixing.ipynb #c000001c
 class ModeFilter(nn.Module):
     "Taps as sums of damped complex exponentials. Made for no length, so it runs at any"
     def __init__(self,
@@ -112,13 +138,10 @@ class ModeFilter(nn.Module):
         seed:int=0,             # of the start
     ):
         super().__init__()
-        if d < 1 or modes < 1 or horizon < 1: raise InputError(f"ModeFilter needs d, modes, horizon >= 1, got {d}, {modes}, {horizon}")
-        g = seeded_generator("mode filter", seed)
-        tau = _timescales((d, modes), horizon, g)
-        self.log_rate = nn.Parameter(-tau.log())                                      # Re lambda = -exp(log_rate)
-        self.freq = nn.Parameter(torch.randn(d, modes, generator=g)*4/tau)            # Im lambda: about a turn within the decay
-        self.coef = nn.Parameter(torch.randn(d, modes, 2, generator=g))               # real and imaginary part of c
-        with torch.no_grad(): self.coef /= self(4*horizon).norm(dim=0)[:, None, None]
+        if d < 1 or modes < 1 or horizon < 1:
+            raise InputError(f"ModeFilter needs d, modes, horizon >= 1, got {d}, {modes}, {horizon}")
+        # Re lambda = -exp(log_rate), Im lambda = freq, coef: real and imaginary part of c
+        self.log_rate, self.freq, self.coef = map(nn.Parameter, _draw_modes(d, modes, horizon, seed))
 
     def modes(self) -> tuple[Tensor, Tensor, Tensor]:
         "Real and imaginary part of lambda [d modes], parts of c [d modes 2]"
@@ -142,6 +165,19 @@ class ModeFilter(nn.Module):
         with torch.no_grad(): f.log_rate.copy_((-re).log()); f.freq.copy_(im); f.coef.copy_(coef)
         return f
 
+# %% ../../nbs/spectral/32_mixing.ipynb #c549e8d1
+def _draw_taps(d, max_len, horizon, seed):
+    "log_rate of the windows [d] and free taps [d max_len]. Longer filters begin as shorter ones do"
+    rate = 1/_timescales(d, horizon, seeded_generator("filter decay", seed))
+    g, whole = seeded_generator("filter taps", seed), -(-max_len//16)*16
+    noise = torch.randn(whole, d, generator=g)[:max_len].mT
+    return rate.log(), (noise*(1 - (-2*rate).exp()).sqrt()[:, None]).contiguous()
+
+def _windowed(taps, log_rate):
+    "Taps [d n] under windows that decay at rate exp(log_rate) [d]"
+    t = torch.arange(taps.shape[1], device=taps.device, dtype=taps.dtype)
+    return taps*(-log_rate.exp()[:, None]*t).exp()
+
 # %% ../../nbs/spectral/32_mixing.ipynb #c000001e
 class TapFilter(nn.Module):
     "Free taps under a decaying window of each channel"
@@ -152,23 +188,22 @@ class TapFilter(nn.Module):
         seed:int=0,             # of the start
     ):
         super().__init__()
-        if d < 1 or max_len < 1 or horizon < 1: raise InputError(f"{type(self).__name__} needs d, max_len, horizon >= 1, got {d}, {max_len}, {horizon}")
+        if d < 1 or max_len < 1 or horizon < 1:
+            raise InputError(f"{type(self).__name__} needs d, max_len, horizon >= 1, got {d}, {max_len}, {horizon}")
         self.max_len = max_len
-        self.start(d, 1/_timescales(d, horizon, seeded_generator("filter decay", seed)), seeded_generator("filter taps", seed))
+        self.start(*_draw_taps(d, max_len, horizon, seed))
 
-    def start(self, d, rate, generator):
-        noise = torch.randn(-(-self.max_len//16)*16, d, generator=generator)[:self.max_len].mT      # so drawn, longer ones begin as shorter ones do
-        self.log_rate = nn.Parameter(rate.log())
-        self.taps = nn.Parameter((noise*(1 - (-2*rate).exp()).sqrt()[:, None]).contiguous())         # [d max_len], rows as the FFT wants them
+    def start(self, log_rate:Tensor, taps:Tensor) -> None:
+        "Make the parameters from logarithms of decay rates [d] and free taps [d max_len]"
+        self.log_rate, self.taps = nn.Parameter(log_rate), nn.Parameter(taps)
 
-    def all_taps(self) -> Tensor:      # [d max_len]
-        t = torch.arange(self.max_len, device=self.taps.device, dtype=self.taps.dtype)
-        return self.taps*(-self.log_rate.exp()[:, None]*t).exp()
+    def all_taps(self) -> Tensor: return _windowed(self.taps, self.log_rate)      # [d max_len]
 
     def forward(self,
         n:int,         # taps wanted, at most max_len
     ) -> Tensor:       # [n d]
-        if n > self.max_len: raise InputError(f"the filter has {self.max_len} taps, {n} are asked for: make it with a larger max_len")
+        if n > self.max_len:
+            raise InputError(f"the filter has {self.max_len} taps, {n} are asked for: make it with a larger max_len")
         return self.all_taps()[:, :n].mT
 
     def make_state(self) -> StreamingConv: return StreamingConv(self(self.max_len))
@@ -176,20 +211,117 @@ class TapFilter(nn.Module):
 # %% ../../nbs/spectral/32_mixing.ipynb #c0000020
 class SpectrumFilter(TapFilter):
     "Taps by their spectrum at max_len//2 + 1 frequencies"
-    def start(self, d, rate, generator):
-        super().start(d, rate, generator)
-        taps = super().all_taps().detach()
-        del self.taps, self.log_rate
-        self.spectrum = nn.Parameter(torch.view_as_real(torch.fft.rfft(taps)).clone())               # [d f 2]
+    def start(self, log_rate:Tensor, taps:Tensor) -> None:
+        "The spectrum [d f 2] of what a `TapFilter` starts with"
+        self.spectrum = nn.Parameter(torch.view_as_real(torch.fft.rfft(_windowed(taps, log_rate))).clone())
 
     def all_taps(self) -> Tensor: return torch.fft.irfft(torch.view_as_complex(self.spectrum), self.max_len)
 
 FILTERS = dict(modes=ModeFilter, taps=TapFilter, spectrum=SpectrumFilter)
 
-# %% ../../nbs/spectral/32_mixing.ipynb #c0000026
+# %% ../../nbs/spectral/32_mixing.ipynb #cfa8f97c
 GATINGS = dict(none=1, single=2, double=3)     # projections into the layer
 
-class SpectralMixing(nn.Module):
+# %% ../../nbs/spectral/32_mixing.ipynb #c2937621
+def _project_rows(into, x):
+    "Projections of x [b n d] by the layer `into`, channels as rows [b k n]"
+    return (into.weight @ x[0].mT)[None] if len(x) == 1 else into(x).mT.contiguous()
+
+def _mix_rows(v, gates, taps, wide):
+    "gates[0] * (taps conv (v*gates[1])), rows [b d n], taps [n d], as far as there are gates; FFTs in dtype `wide`"
+    if len(gates) == 2: v = v*gates[1]
+    y = _RowConv.apply(v.to(wide), taps.to(wide).mT).to(v.dtype)
+    return y*gates[0] if gates else y
+
+# %% ../../nbs/spectral/32_mixing.ipynb #c70c1e65
+def _project_one(weight, x, step=1024):
+    "weight x^T [k n] for weight [k d] and x [n d], some positions at a time: faster than all at once"
+    out = x.new_empty(len(weight), len(x))
+    for at in (slice(i, i + step) for i in range(0, len(x), step)): torch.mm(weight, x[at].mT, out=out[:, at])
+    return out
+
+def _read_rows(into, x, learns):
+    "Projections of x [b n d] by the layer `into`, channels as rows: [b d n] for each"
+    d, one = x.shape[2], len(x) == 1 and x.dtype == into.weight.dtype
+    if learns or not one or torch.is_autocast_enabled(x.device.type): return _project_rows(into, x).split(d, 1)
+    return [_project_one(weight, x[0])[None] for weight in into.weight.split(d)]
+
+# %% ../../nbs/spectral/32_mixing.ipynb #cfee95b6
+class _KeptSpectra:
+    "The spectra of a filter's taps, kept as long as its parameters, the length and the precision stay the same"
+    def __init__(self): self.drop()
+
+    def drop(self): self.key = self.parameters = self.spectra = None
+
+    def _fresh(self, key, now):
+        if self.key != key or len(now) != len(self.parameters): return False
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(self.parameters, now))
+
+    def get(self, filter, n, dtype):
+        "Spectra of n taps [d f] in the precision of dtype, and the length of their FFT"
+        key, now, size = (n, dtype), [*filter.parameters()], fast_length(2*n - 1)
+        if not self._fresh(key, now):
+            self.key, self.parameters = key, [p.detach().clone() for p in now]
+            self.spectra = torch.fft.rfft(filter(n).to(dtype).mT, size)
+        return self.spectra, size
+
+# %% ../../nbs/spectral/32_mixing.ipynb #cf028f1b
+class _KeepsSpectra(nn.Module):
+    "A layer that keeps spectra while it infers"
+    def __init__(self):
+        super().__init__()
+        self._kept = _KeptSpectra()
+
+    def drop_cache(self) -> None:
+        "Forget the spectra kept from earlier calls: the next one computes them, as every call in training does"
+        self._kept.drop()
+
+    def train(self, mode:bool=True):
+        self.drop_cache()
+        return super().train(mode)
+
+# %% ../../nbs/spectral/32_mixing.ipynb #cb134ede
+class _FromState(nn.Module):
+    "How a layer of projections, gates and a filter goes on from what it has seen"
+    def make_state(self): return self.filter.make_state()
+
+    @torch.no_grad()
+    def extend(self,
+        x:Tensor,          # the next positions [b n d_model]
+        state,             # of `make_state`; changed in place
+        start:int=0,       # position of the first: how many `state` has seen
+    ) -> Tensor:           # [b n d_model], what `forward` gives at these positions of the whole text
+        "Go on from what `state` has seen: a prompt first, then one position at a time. No gradients"
+        y, *gates = self.into(x).split(self.d_model, -1)
+        if len(gates) == 2: y = y*gates[1]
+        if start == 0: y = state.prefill(y)
+        elif x.shape[1]: y = torch.stack([state.step(y[:, i]) for i in range(x.shape[1])], 1)
+        return self.out(y*gates[0] if gates else y)
+
+    def distill(self,
+        modes:int=8,       # exponentials a channel, at most max_len//4
+    ) -> "SpectralMixing": # a copy with a `ModeFilter`, which generates with O(modes d) a position
+        "The same layer with the nearest sum of exponentials for a filter. How near depends on the taps: compare them"
+        other = copy.deepcopy(self)
+        other.filter = ModeFilter.from_taps(self.filter(self.max_len).detach(), modes)
+        other.drop_cache()
+        return other
+
+# %% ../../nbs/spectral/32_mixing.ipynb #c39a2861
+def _check_layer(d_model, max_len, filter, gating):
+    if filter not in FILTERS: raise InputError(f"filter must be {' or '.join(FILTERS)}, got {filter!r}")
+    if gating not in GATINGS: raise InputError(f"gating must be {' or '.join(GATINGS)}, got {gating!r}")
+    if d_model < 1 or max_len < 1:
+        raise InputError(f"SpectralMixing needs d_model >= 1 and max_len >= 1, got {d_model} and {max_len}")
+
+@torch.no_grad()
+def _draw_projections(layers, seed):
+    "Weights that keep the size of their input"
+    g = seeded_generator("spectral mixing", seed)
+    for w in (layer.weight for layer in layers): w.copy_(torch.randn(w.shape, generator=g)/math.sqrt(w.shape[1]))
+
+# %% ../../nbs/spectral/32_mixing.ipynb #c0000026
+class SpectralMixing(_KeepsSpectra, _FromState):
     "Projections, a long causal convolution of each channel, and a gate: [b n d] -> [b n d]"
     def __init__(self,
         d_model:int,              # width of the stream
@@ -200,28 +332,16 @@ class SpectralMixing(nn.Module):
         **options,                # of the filter: modes, horizon
     ):
         super().__init__()
-        if filter not in FILTERS: raise InputError(f"filter must be {' or '.join(FILTERS)}, got {filter!r}")
-        if gating not in GATINGS: raise InputError(f"gating must be {' or '.join(GATINGS)}, got {gating!r}")
-        if d_model < 1 or max_len < 1: raise InputError(f"SpectralMixing needs d_model >= 1 and max_len >= 1, got {d_model} and {max_len}")
-        self.d_model, self.max_len, self.gating, self._kept = d_model, max_len, gating, None
-        self.into, self.out = nn.Linear(d_model, GATINGS[gating]*d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
+        _check_layer(d_model, max_len, filter, gating)
+        self.d_model, self.max_len, self.gating = d_model, max_len, gating
+        self.into = nn.Linear(d_model, GATINGS[gating]*d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
         self.filter = FILTERS[filter](d_model, max_len, seed=seed, **options)
-        g = seeded_generator("spectral mixing", seed)
-        with torch.no_grad():
-            for w in (self.into.weight, self.out.weight): w.copy_(torch.randn(w.shape, generator=g)/math.sqrt(d_model))
+        _draw_projections((self.into, self.out), seed)
 
-    def _spectra(self, n, dtype):
-        "Spectra of the taps [d f] and their length, for n positions: those of the last call if nothing has changed"
-        now, size = [*self.filter.parameters()], fast_length(2*n - 1)
-        if self._kept is not None:
-            key, before, H = self._kept
-            if key == (n, dtype) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, now)): return H, size
-        self._kept = (n, dtype), [p.detach().clone() for p in now], torch.fft.rfft(self.filter(n).to(dtype).mT, size)
-        return self._kept[2], size
-
-    def train(self, mode:bool=True):
-        self._kept = None
-        return super().train(mode)
+    def writers(self) -> list[nn.Linear]:
+        "The layers whose outputs are added to the residual stream"
+        return [self.out]
 
     def forward(self,
         x:Tensor,      # [b n d_model]
@@ -229,41 +349,12 @@ class SpectralMixing(nn.Module):
         "Raises `InputError` for a text longer than the filter"
         if x.numel() == 0: return x
         learns = self.training or torch.is_grad_enabled() or x.is_cuda
-        if not learns and len(x) == 1 and x.dtype == self.into.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            v, *gates = (_product(w, x[0])[None] for w in self.into.weight.split(self.d_model))
-        else:      # for one text the product gives channels as rows; for many a copy is better than many small products and a gradient of W for each
-            y = (self.into.weight @ x[0].mT)[None] if len(x) == 1 else self.into(x).mT.contiguous()
-            v, *gates = y.split(self.d_model, 1)
+        v, *gates = _read_rows(self.into, x, learns)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            if learns:
-                if self.gating == "double": v = v*gates[1]
-                y = _RowConv.apply(v.to(wide), self.filter(x.shape[1]).to(wide).mT).to(v.dtype)
-                if gates: y = y*gates[0]
-            else: y = _rows(v, *self._spectra(x.shape[1], wide), *gates, out=v)      # memory that is new costs as much time as the FFTs
+            if learns: y = _mix_rows(v, gates, self.filter(x.shape[1]), wide)
+            else: y = _filter_rows(v, *self._kept.get(self.filter, x.shape[1], wide), *gates, out=v)
         return self.out(y.mT)
-
-    def make_state(self): return self.filter.make_state()
-
-    @torch.no_grad()
-    def extend(self,
-        x:Tensor,          # the next positions [b n d_model]
-        state,             # of `make_state`; changed in place
-        start:int=0,       # position of the first: how many `state` has seen
-    ) -> Tensor:           # [b n d_model], what `forward` gives at these positions of the whole text
-        "Go on from what `state` has seen: a prompt first, then one position at a time. No gradients"
-        v, *gates = self.into(x).split(self.d_model, -1)
-        if self.gating == "double": v = v*gates[1]
-        y = state.prefill(v) if start == 0 else torch.stack([state.step(v[:, i]) for i in range(x.shape[1])], 1) if x.shape[1] else v
-        return self.out(y*gates[0] if gates else y)
-
-    def distill(self,
-        modes:int=8,       # exponentials a channel, at most max_len//4
-    ) -> "SpectralMixing": # a copy with a `ModeFilter`, which generates with O(modes d) a position
-        "The same layer with its filter replaced by the nearest sum of exponentials. How near depends on the taps: compare them"
-        other = copy.deepcopy(self)
-        other.filter, other._kept = ModeFilter.from_taps(self.filter(self.max_len).detach(), modes), None
-        return other
 
 # %% ../../nbs/spectral/32_mixing.ipynb #c0000033
 class FNetMixing(nn.Module):
@@ -275,7 +366,8 @@ class FNetMixing(nn.Module):
         causal:bool=False,     # there is no causal form
     ):
         super().__init__()
-        if causal: raise InputError("FNetMixing hears later positions and has no causal form: use SpectralMixing to predict the next token")
+        if causal: raise InputError("FNetMixing hears later positions and has no causal form: "
+                                    "use SpectralMixing to predict the next token")
 
     def forward(self,
         x:Tensor,      # [b n d]

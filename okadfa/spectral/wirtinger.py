@@ -54,6 +54,7 @@ def _direction(z:Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = p.abs().amax(-1) < floor
     return torch.where(zero, 1., p[..., 0]), torch.where(zero, 0., p[..., 1]), zero
 
+# %% ../../nbs/spectral/30_wirtinger.ipynb #cbeb66d0
 def magnitude(
     z:Tensor,      # complex [...], or parts [... 2]
 ) -> Tensor:       # real [...], at least float32; below the floor 0, with all derivatives 0
@@ -70,6 +71,7 @@ def phase(
 
 # %% ../../nbs/spectral/30_wirtinger.ipynb #c000001e
 def _unit(z:Tensor) -> tuple[Tensor, Tensor]:
+    "Real and imaginary part of z over |z|"
     re, im, _ = _direction(z)
     r = torch.hypot(re, im)
     return re/r, im/r
@@ -78,13 +80,26 @@ def phase_difference(
     z:Tensor,      # complex [...], or parts [... 2]
     w:Tensor,      # likewise; shapes broadcast
 ) -> Tensor:       # phase of z minus phase of w, in (-pi, pi] [...], at least float32
-    "The angle between two complex numbers, the short way round. A zero counts as one of phase 0, with all derivatives 0"
+    "The angle between two numbers, the short way round. A zero counts as one of phase 0, with all derivatives 0"
     (a, b), (c, d) = _unit(z), _unit(w)
     return torch.atan2(b*c - a*d, a*c + b*d)
 
+# %% ../../nbs/spectral/30_wirtinger.ipynb #ccaf2c81
+def _starting_parts(shape, std, seed, name, dtype):
+    "Parts [... 2] from sizes, from one tuple of sizes, or from a complex tensor"
+    if len(shape) == 1 and torch.is_tensor(shape[0]):
+        if not shape[0].is_complex():
+            raise InputError(f"start from a complex tensor, got {shape[0].dtype}; torch.polar makes one from "
+                             "magnitude and phase")
+        return as_parts(shape[0]).detach().clone()
+    if len(shape) == 1 and not isinstance(shape[0], int): shape = tuple(shape[0])
+    if std < 0 or any(not isinstance(n, int) or n < 0 for n in shape):
+        raise InputError(f"need sizes >= 0 and std >= 0, got {shape} and {std}")
+    return (torch.randn(*shape, 2, generator=seeded_generator(name, seed))*(std/math.sqrt(2))).to(dtype)
+
 # %% ../../nbs/spectral/30_wirtinger.ipynb #c0000022
 class ComplexParameter(nn.Module):
-    "Complex weights, stored as real and imaginary part. `value`, `magnitude` and `phase` are computed, and pass gradients"
+    "Complex weights, stored as real and imaginary part. `value`, `magnitude`, `phase` are computed, and pass gradients"
     def __init__(self,
         *shape,                    # sizes, one tuple of sizes, or one complex tensor to start from
         std:float=1.,              # of the draw: the mean of |w|^2 is std^2, phases are uniform
@@ -93,15 +108,7 @@ class ComplexParameter(nn.Module):
         dtype:torch.dtype=torch.float32,   # of the parts, where sizes are given
     ):
         super().__init__()
-        if len(shape) == 1 and torch.is_tensor(shape[0]):
-            if not shape[0].is_complex(): raise InputError(f"start from a complex tensor, got {shape[0].dtype}; torch.polar makes one from magnitude and phase")
-            parts = as_parts(shape[0]).detach().clone()
-        else:
-            if len(shape) == 1 and not isinstance(shape[0], int): shape = tuple(shape[0])
-            if std < 0 or any(not isinstance(n, int) or n < 0 for n in shape): raise InputError(f"need sizes >= 0 and std >= 0, got {shape} and {std}")
-            parts = torch.randn(*shape, 2, generator=seeded_generator(name, seed))*(std/math.sqrt(2))
-            parts = parts.to(dtype)
-        self.parts = nn.Parameter(parts.contiguous())     # [... 2]
+        self.parts = nn.Parameter(_starting_parts(shape, std, seed, name, dtype).contiguous())     # [... 2]
 
     @property
     def value(self) -> Tensor: return as_complex(self.parts)         # complex [...]
@@ -113,28 +120,34 @@ class ComplexParameter(nn.Module):
     def forward(self) -> Tensor: return self.value
     def extra_repr(self) -> str: return ", ".join(map(str, self.parts.shape[:-1]))
 
-# %% ../../nbs/spectral/30_wirtinger.ipynb #c0000029
+# %% ../../nbs/spectral/30_wirtinger.ipynb #cc77ac37
+def _same_form(z, w):
+    if z.is_complex() != w.is_complex():
+        raise InputError(f"both complex or both parts [... 2], got {z.dtype} and {w.dtype}")
+
 def complex_mul(
     z:Tensor,      # complex [...], or parts [... 2]
     w:Tensor,      # the same form; shapes broadcast
 ) -> Tensor:       # z*w in that form
     "(a + ib)(c + id) = (ac - bd) + i(ad + bc). Raises `InputError` for two different forms"
-    if z.is_complex() != w.is_complex(): raise InputError(f"both complex or both parts [... 2], got {z.dtype} and {w.dtype}")
+    _same_form(z, w)
     if z.is_complex(): return z*w
     (a, b), (c, d) = as_parts(z).unbind(-1), as_parts(w).unbind(-1)
     return torch.stack([a*c - b*d, a*d + b*c], -1)
 
+# %% ../../nbs/spectral/30_wirtinger.ipynb #c0000029
 def complex_linear(
     x:Tensor,                # complex [... d_in], or parts [... d_in 2]
     weight:Tensor,           # the same form: [d_out d_in] or [d_out d_in 2]
     bias:Tensor|None=None,   # the same form: [d_out] or [d_out 2]
 ) -> Tensor:                 # W x + bias, [... d_out] or [... d_out 2]
-    "A complex affine map. The real form holds no complex number, so it compiles, and it runs in half precision and under autocast"
-    if x.is_complex() != weight.is_complex(): raise InputError(f"both complex or both parts [... 2], got {x.dtype} and {weight.dtype}")
+    "A complex affine map. The real form holds no complex number: it compiles, and runs in half precision"
+    _same_form(x, weight)
     if x.is_complex(): return F.linear(x, weight, bias)
     re, im = as_parts(weight).unbind(-1)
     spread = torch.stack([torch.stack([re, -im], -1), torch.stack([im, re], -1)], 1)           # [d_out 2 d_in 2]
-    return F.linear(as_parts(x).flatten(-2), spread.flatten(2).flatten(0, 1), None if bias is None else bias.flatten()).unflatten(-1, (-1, 2))
+    y = F.linear(as_parts(x).flatten(-2), spread.flatten(2).flatten(0, 1), None if bias is None else bias.flatten())
+    return y.unflatten(-1, (-1, 2))
 
 # %% ../../nbs/spectral/30_wirtinger.ipynb #c000002f
 class ComplexLinear(nn.Module):
@@ -147,18 +160,21 @@ class ComplexLinear(nn.Module):
         seed:int=0,         # of the weights: complex normal, E|w|^2 = 2/(d_in + d_out)
     ):
         super().__init__()
-        if d_in < 1 or d_out < 1: raise InputError(f"ComplexLinear needs d_in >= 1 and d_out >= 1, got {d_in} and {d_out}")
+        if d_in < 1 or d_out < 1:
+            raise InputError(f"ComplexLinear needs d_in >= 1 and d_out >= 1, got {d_in} and {d_out}")
         self.d_in, self.d_out = d_in, d_out
         self.weight = ComplexParameter(d_out, d_in, std=math.sqrt(2/(d_in + d_out)), seed=seed, name="complex linear")
         self.bias = ComplexParameter(d_out, std=0.) if bias else None
 
     def forward(self, x:Tensor) -> Tensor:
         "Raises `InputError` for another number of channels"
-        form = (lambda p: p.value) if x.is_complex() else (lambda p: p.parts)
         channels = x.shape if x.is_complex() else as_parts(x).shape[:-1]
         if not channels or channels[-1] != self.d_in:
-            raise InputError(f"ComplexLinear was made for {self.d_in} channels, got {x.dtype} {tuple(x.shape)}; real input is parts [... d_in 2]")
-        return complex_linear(x, form(self.weight), None if self.bias is None else form(self.bias))
+            raise InputError(f"ComplexLinear was made for {self.d_in} channels, got {x.dtype} {tuple(x.shape)}; "
+                             "real input is parts [... d_in 2]")
+        form = "value" if x.is_complex() else "parts"
+        bias = None if self.bias is None else getattr(self.bias, form)
+        return complex_linear(x, getattr(self.weight, form), bias)
 
     def extra_repr(self) -> str: return f"{self.d_in}, {self.d_out}, bias={self.bias is not None}"
 
