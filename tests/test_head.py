@@ -1,12 +1,11 @@
-"The head's loss over a grid: types, lengths, chunks, ignored tokens, needed gradients, direct feedback, memory; and its benchmark"
-import itertools, os
+"The head's loss over a grid: types, lengths, chunks, ignored tokens, needed gradients, direct feedback, memory"
+import itertools
 import pytest, torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from okadfa.core import InputError, assert_rel, read_rows
+from okadfa.core import InputError, assert_rel
 from okadfa.models.head import linear_cross_entropy, linear_cross_entropy_ref
-from okadfa.run import benchmark
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -40,8 +39,9 @@ def test_grid(dtype, n, chunk):
 def test_rows_beyond_the_scratch():
     "A vocabulary so large that a chunk's softmax takes several blocks of rows"
     h, w, t = problem(23, d=3, v=2**18 + 1, ignore=(5,))
-    ref, got = linear_cross_entropy_ref(h, w, t), linear_cross_entropy(h, w, t, chunk=10)
-    for a, b in zip(torch.autograd.grad(ref, (h, w)), torch.autograd.grad(got, (h, w))): assert_rel("gradient", a, b, 1e-13)
+    ref = torch.autograd.grad(linear_cross_entropy_ref(h, w, t), (h, w))
+    got = torch.autograd.grad(linear_cross_entropy(h, w, t, chunk=10), (h, w))
+    for a, b in zip(ref, got): assert_rel("gradient", a, b, 1e-13)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
@@ -50,13 +50,15 @@ def test_autocast(dtype):
     with torch.autocast("cpu", dtype): loss = linear_cross_entropy(h, w, t, chunk=16)
     assert loss.dtype == torch.float32
     for a, b in zip(truth, torch.autograd.grad(loss, (h, w))): assert_rel("gradient", a, b, 2e-2)
-    with torch.autocast("cpu", dtype): loss = linear_cross_entropy(h.to(dtype), w, t, chunk=16)   # a half-precision trunk
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(h.to(dtype), w, t, chunk=16)   # a half-precision trunk
     for a, b in zip(truth, torch.autograd.grad(loss, (h, w))): assert_rel("gradient", a, b, 2e-2)
 
 def test_weight_gradient_is_summed_in_float32():
     "4,096 equal tokens one a chunk: a sum kept in bfloat16 would stop growing at 256 terms"
     h, w = torch.ones(4096, 1).requires_grad_(), torch.zeros(2, 1, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16): loss = linear_cross_entropy(h, w, torch.zeros(4096, dtype=torch.long), chunk=1, reduction="sum")
+    t = torch.zeros(4096, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16): loss = linear_cross_entropy(h, w, t, chunk=1, reduction="sum")
     assert_rel("sum", torch.tensor([[-2048.], [2048.]]), torch.autograd.grad(loss, w)[0], 1e-6)
 
 def test_extreme_logits():
@@ -72,11 +74,13 @@ def test_half_precision_error_near_one():
     "p = 0.995 rounded to bfloat16 is 0.9961: subtracting one afterwards would be 20% off"
     h, w, t = torch.tensor([[6., 0., 0.]], requires_grad=True), torch.eye(3), torch.tensor([0])
     with torch.autocast("cpu", torch.bfloat16): loss = linear_cross_entropy(h, w, t)
-    assert_rel("near one", torch.autograd.grad(linear_cross_entropy_ref(h, w, t), h)[0], torch.autograd.grad(loss, h)[0], 5e-3)
+    (ref,), (got,) = (torch.autograd.grad(x, h) for x in (linear_cross_entropy_ref(h, w, t), loss))
+    assert_rel("near one", ref, got, 5e-3)
 
 @pytest.mark.parametrize("need_h,need_w,need_o", [x for x in itertools.product((True, False), repeat=3) if any(x)])
 def test_only_needed_gradients(need_h, need_w, need_o):
-    h, w, t = problem(11, ignore=(3,)); x = torch.randn(11, 4, dtype=torch.float64); B = torch.randn(4, 13, dtype=torch.float64)
+    h, w, t = problem(11, ignore=(3,))
+    x, B = torch.randn(11, 4, dtype=torch.float64), torch.randn(4, 13, dtype=torch.float64)
     ref_h, ref_w = torch.autograd.grad(linear_cross_entropy_ref(h, w, t), (h, w))
     z = (h @ w.T).detach().requires_grad_(); ref_x = torch.autograd.grad(F.cross_entropy(z, t), z)[0] @ B.T
     h, w = h.detach().requires_grad_(need_h), w.detach().requires_grad_(need_w); x.requires_grad_(need_o)
@@ -117,7 +121,8 @@ def test_accumulation_and_second_backward():
     loss.backward(retain_graph=True); loss.backward(retain_graph=True); (3*loss).backward()
     assert_rel("h", 5*ref_h, h.grad, 1e-13); assert_rel("w", 5*ref_w, w.grad, 1e-13)
     w.grad = None
-    for part in (slice(0, 9), slice(9, 20)): linear_cross_entropy(h[part], w, t[part], chunk=6, reduction="sum").backward()
+    for part in (slice(0, 9), slice(9, 20)):
+        linear_cross_entropy(h[part], w, t[part], chunk=6, reduction="sum").backward()
     assert_rel("two batches", 20*ref_w, w.grad, 1e-13)
 
 def test_shapes_and_reductions():
@@ -140,42 +145,26 @@ def test_nothing_counts_and_nan_padding():
     empty = linear_cross_entropy(h[:0], w, t[:0]); assert empty.item() == 0
     t[[2, 8]] = -100; ref = torch.autograd.grad(linear_cross_entropy_ref(h, w, t), (h, w))
     with torch.no_grad(): h[[2, 8]] = torch.nan
-    for a, b in zip(ref, torch.autograd.grad(linear_cross_entropy(h, w, t, chunk=4), (h, w))): assert_rel("NaN in padding", a, b, 1e-13)
+    got = torch.autograd.grad(linear_cross_entropy(h, w, t, chunk=4), (h, w))
+    for a, b in zip(ref, got): assert_rel("NaN in padding", a, b, 1e-13)
 
 def test_refusals():
     h, w, t = problem(8); x, B = torch.zeros(8, 4, dtype=torch.float64), torch.zeros(4, 13, dtype=torch.float64)
     for match, args, kw in (
-        ("chunk", (h, w, t), dict(chunk=0)), ("reduction", (h, w, t), dict(reduction="max")), ("h \\[... d\\]", (h, w.T, t), {}),
-        ("one target", (h, w, t[:-1]), {}), ("integers", (h, w, t.float()), {}), ("vocabulary", (h, w, t + 12), {}),
-        ("vocabulary", (h, w, t - 20), {}), ("under torch.autocast", (h, w.float(), t), {}),
-        ("no gradient", (h, w, t), dict(reduction="none")), ("both or neither", (h, w, t), dict(feedback=B)),
-        ("both or neither", (h, w, t), dict(outputs=x)), ("need feedback", (h, w, t), dict(feedback=B.T, outputs=x)),
+        ("chunk", (h, w, t), dict(chunk=0)),
+        ("reduction", (h, w, t), dict(reduction="max")),
+        ("h \\[... d\\]", (h, w.T, t), {}),
+        ("one target", (h, w, t[:-1]), {}),
+        ("integers", (h, w, t.float()), {}),
+        ("vocabulary", (h, w, t + 12), {}),
+        ("vocabulary", (h, w, t - 20), {}),
+        ("under torch.autocast", (h, w.float(), t), {}),
+        ("no gradient", (h, w, t), dict(reduction="none")),
+        ("both or neither", (h, w, t), dict(feedback=B)),
+        ("both or neither", (h, w, t), dict(outputs=x)),
+        ("need feedback", (h, w, t), dict(feedback=B.T, outputs=x)),
         ("need outputs", (h, w, t), dict(feedback=B, outputs=x[:-1]))):
         with pytest.raises(InputError, match=match) as e: linear_cross_entropy(*args, **kw)
         assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="second derivative"): torch.autograd.grad(linear_cross_entropy(h, w, t), h, create_graph=True)
-
-def test_benchmark_rows(tmp_path, monkeypatch):
-    rows = benchmark.benchmark_head(n=40, d=4, vocab=50, chunks=(8, 16), dtype="bfloat16", repeats=2, out=tmp_path)
-    assert [r["chunk"] for r in rows] == [None, 16, 8, 16] and all(r["ok"] for r in rows)
-    assert rows[0]["ratio"] == dict(median=1, q1=1, q3=1) and read_rows(tmp_path/"head.jsonl") == rows
-    benchmark.print_table(rows)
-    # a wrong gradient with the right loss: no time, no memory
-    wrong = lambda h, w, t, chunk: linear_cross_entropy(h, w, t, chunk) + 0.01*(w.sum() - w.detach().sum())
-    monkeypatch.setattr(benchmark, "linear_cross_entropy", wrong)
-    rows = benchmark.benchmark_head(n=40, d=4, vocab=50, chunks=(8,), repeats=1)
-    assert [r["ok"] for r in rows] == [True, True, False] and "gradient of weight" in rows[-1]["failure"]
-    assert not {"seconds", "ratio", "peak_bytes"} & rows[-1].keys()
-    benchmark.print_table(rows)
-    for bad in (dict(dtype="int8"), dict(chunks=()), dict(n=0), dict(repeats=0)):
-        with pytest.raises(InputError): benchmark.benchmark_head(**bad)
-
-def test_peak_memory_of_a_child():
-    held = torch.ones(2**26)   # 256 MB resident in the parent
-    del held
-    assert abs(benchmark.peak_memory(lambda: torch.ones(2**24), "cpu") - 2**26) < 2**23
-    # 8 MB blocks that the parent freed but still owns would be filled again by the child and counted as nothing
-    held = torch.ones(7*2**20); del held; held = [torch.ones(2**21) for _ in range(6)]; del held
-    assert abs(benchmark.peak_memory(lambda: [torch.ones(2**21) for _ in range(4)], "cpu") - 2**25) < 2**23
-    with pytest.raises(RuntimeError, match="IndexError"): benchmark.peak_memory(lambda: [][0], "cpu")
-    with pytest.raises(RuntimeError, match="without a result"): benchmark.peak_memory(lambda: os._exit(1), "cpu")
+    with pytest.raises(InputError, match="second derivative"):
+        torch.autograd.grad(linear_cross_entropy(h, w, t), h, create_graph=True)

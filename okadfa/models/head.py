@@ -78,7 +78,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         # Gradients are enabled here only under create_graph=True; what the forward kept has no graph behind it.
-        if torch.is_grad_enabled(): raise InputError("no second derivative here: use linear_cross_entropy_ref with create_graph=True")
+        if torch.is_grad_enabled():
+            raise InputError("no second derivative here: use linear_cross_entropy_ref with create_graph=True")
         dh, dw, do, scale = ctx.saved_tensors
         dh, dw, do = (None if x is None else x*(g*scale) for x in (dh, dw, do))
         return dh, None if dw is None else dw.to(ctx.weight_dtype), do, *(None,)*7
@@ -87,7 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs, dtype):
     "Raise InputError for what cannot be computed"
     if chunk < 1: raise InputError(f"chunk must be at least 1 token, got {chunk}")
-    if reduction not in ("mean", "sum", "none"): raise InputError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if weight.ndim != 2 or h.ndim < 2 or h.shape[-1] != weight.shape[1]:
         raise InputError(f"need h [... d] and weight [v d], got {list(h.shape)} and {list(weight.shape)}")
     if targets.shape != h.shape[:-1]:
@@ -96,7 +98,8 @@ def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs
         raise InputError(f"targets must be integers, got {targets.dtype}")
     if dtype is None and h.dtype != weight.dtype:
         raise InputError(f"h is {h.dtype}, weight is {weight.dtype}: cast one, or call under torch.autocast")
-    if (feedback is None) != (outputs is None): raise InputError("feedback and outputs go together: give both or neither")
+    if (feedback is None) != (outputs is None):
+        raise InputError("feedback and outputs go together: give both or neither")
     if outputs is not None and outputs.shape[:-1] != targets.shape:
         raise InputError(f"need outputs [... e] at the positions {list(targets.shape)}, got {list(outputs.shape)}")
     if outputs is not None and feedback.shape != (outputs.shape[-1], weight.shape[0]):
@@ -107,6 +110,12 @@ def _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs
             f"mark tokens that do not count with {ignore_index}")
 
 # %% ../../nbs/models/49_head.ipynb #c0000012
+def _autocast_dtype(h):
+    "The half precision that autocast asks for here, None without; it leaves float64 alone"
+    device = h.device.type
+    if h.dtype == torch.float64 or not torch.amp.is_autocast_available(device): return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
 def linear_cross_entropy(
     h:Tensor,                     # hidden states [... d]
     weight:Tensor,                # the head's weight [v d]
@@ -118,16 +127,15 @@ def linear_cross_entropy(
     outputs:Tensor|None=None,     # direct feedback: what receives error @ feedback.T as gradient [... e]; values unused
 ) -> Tensor:                      # scalar, or [...] for "none"; at least float32
     """Equal to `linear_cross_entropy_ref` in value and gradient, with the logits of one chunk in memory.
-    Raises InputError for shapes or types that do not fit, `chunk` < 1, a target outside the vocabulary (checked on the CPU only)
-    and a gradient through reduction="none" or a second derivative."""
-    device = h.device.type   # autocast leaves float64 alone
-    autocast = h.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else None
+    Raises InputError for shapes or types that do not fit, `chunk` < 1, a target outside the vocabulary (checked on the
+    CPU only) and a gradient through reduction="none" or a second derivative."""
+    dtype = _autocast_dtype(h)
     _check(h, weight, targets, chunk, ignore_index, reduction, feedback, outputs, dtype)
     grad = torch.is_grad_enabled()   # inside a Function's forward it is always off
     if reduction == "none" and grad and any(x is not None and x.requires_grad for x in (h, weight, outputs)):
         raise InputError('reduction="none" has no gradient here: use "mean" or "sum", or call under torch.no_grad()')
     t = targets.flatten().long(); ignored = t == ignore_index
-    loss = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, None if outputs is None else outputs.flatten(0, -2), feedback,
-        t.masked_fill(ignored, 0), ignored, chunk, reduction, dtype or h.dtype, grad)
+    boxes = None if outputs is None else outputs.flatten(0, -2)
+    loss = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, boxes, feedback, t.masked_fill(ignored, 0), ignored,
+                                     chunk, reduction, dtype or h.dtype, grad)
     return loss.view(targets.shape) if reduction == "none" else loss

@@ -10,7 +10,7 @@ import dataclasses, json
 from pathlib import Path
 import torch
 from ..core import InputError
-from .lm import LMConfig, LanguageModel
+from .lm import LMConfig, LanguageModel, stored_config
 
 # %% ../../nbs/models/52_hub.ipynb #c0000006
 def save_config(
@@ -19,7 +19,8 @@ def save_config(
     **info,               # what else a reader needs, e.g. tokenizer=..., step=...
 ) -> None:
     "Write `config.json`: the `LMConfig` under \"model\", `info` beside it"
-    (Path(folder)/"config.json").write_text(json.dumps(dict(model=dataclasses.asdict(model.config), **info), indent=1) + "\n")
+    text = json.dumps(dict(model=dataclasses.asdict(model.config), **info), indent=1)
+    (Path(folder)/"config.json").write_text(text + "\n")
 
 def save_model(
     model:LanguageModel,  # weights and buffers are written
@@ -32,35 +33,50 @@ def save_model(
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/"model.safetensors")
     save_config(model, folder, **info)
 
-def load_model(
-    folder:str|Path,              # a checkpoint, or a run's folder that holds one
-    device:str|torch.device="cpu",   # where to put it
-) -> tuple[LanguageModel, dict]:  # the model in eval mode, and everything in config.json
-    "Read what `save_model` or a training run wrote. Raises `InputError` for a folder that is none, or whose files do not fit"
-    from safetensors.torch import load_file
-    from safetensors import SafetensorError
-    given = folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f"no checkpoint folder {given}")
-    # "previous" is what a crash in the middle of a save leaves
-    folder = next((f for f in (folder, folder/"checkpoint", folder/"checkpoint.previous") if (f/"config.json").is_file()), None)
-    if folder is None or not any((folder/name).is_file() for name in ("model.safetensors", "polar.safetensors")):
-        raise InputError(f"{given} holds no checkpoint: need config.json and model.safetensors or polar.safetensors")
+# %% ../../nbs/models/52_hub.ipynb #c26e4050
+WEIGHTS = "model.safetensors", "polar.safetensors"
+
+def _find_checkpoint(given:Path) -> Path:
+    "The folder with the files: this one, or one inside a run"
+    if not given.is_dir(): raise InputError(f"no checkpoint folder {given}")
+    for folder in (given, given/"checkpoint", given/"checkpoint.previous"):
+        if (folder/"config.json").is_file():
+            if any((folder/name).is_file() for name in WEIGHTS): return folder
+            break
+    raise InputError(f"{given} holds no checkpoint: need config.json and {' or '.join(WEIGHTS)}")
+
+def _read_info(path:Path) -> tuple[LMConfig, dict]:
+    "The model's config, and everything in config.json"
     try:
-        info = json.loads((folder/"config.json").read_text())
-        config = LMConfig(**info["model"])
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise InputError(f"{folder/'config.json'} is not a checkpoint's config: {e}") from None
-    if (folder/"model.safetensors").is_file():
-        try: weights = load_file(folder/"model.safetensors")
-        except SafetensorError as e: raise InputError(f"{folder/'model.safetensors'} is damaged: {e}") from None
-    else:
-        from okadfa.spectral.polar import PolarWeights
-        weights = PolarWeights.load(folder/"polar.safetensors").state_dict()
-    model = LanguageModel(config)
-    ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    theirs = {k: tuple(v.shape) for k, v in weights.items()}
-    if ours != theirs:
-        k = min(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        raise InputError(f"{folder} is of another config: {k} is {theirs.get(k, 'missing')} in the weights, {ours.get(k, 'missing')} by config.json")
+        info = json.loads(path.read_text())
+        return stored_config(info["model"]), info
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path} is not a checkpoint's config: {e}") from None
+
+def _read_weights(folder:Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path = folder/"model.safetensors"
+    if not path.is_file():
+        from okadfa.spectral.container import PolarWeights
+        return PolarWeights.load(folder/"polar.safetensors").state_dict()
+    try: return load_file(path)
+    except SafetensorError as e: raise InputError(f"{path} is damaged: {e}") from None
+
+# %% ../../nbs/models/52_hub.ipynb #c6c7e912
+def load_model(
+    folder:str|Path,                  # a checkpoint, or a run's folder that holds one
+    device:str|torch.device="cpu",    # where to put it
+) -> tuple[LanguageModel, dict]:      # the model in eval mode, and everything in config.json
+    """Read what `save_model` or a training run wrote. Raises `InputError` for a folder that is none, or whose files do
+    not fit"""
+    folder = _find_checkpoint(Path(folder))
+    config, info = _read_info(folder/"config.json")
+    weights, model = _read_weights(folder), LanguageModel(config)
+    ours, theirs = ({k: tuple(v.shape) for k, v in state.items()} for state in (model.state_dict(), weights))
+    for k in sorted(ours.keys() | theirs.keys()):
+        a, b = theirs.get(k, "missing"), ours.get(k, "missing")
+        if a != b: raise InputError(f"{folder} is of another config: {k} is {a} in the weights, {b} by config.json")
     model.load_state_dict(weights)
     return model.to(device).eval(), info
 
@@ -73,7 +89,7 @@ def save_quantized(
     **info,               # see `save_config`
 ):                        # `PolarWeights`: what each weight takes, and its error
     "Write `polar.safetensors` and `config.json`. Raises `InputError` before anything is written"
-    from okadfa.spectral.polar import quantize_model
+    from okadfa.spectral.container import quantize_model
     if weights is None: _, weights = quantize_model(model, bits)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     weights.save(folder/"polar.safetensors")
