@@ -1,4 +1,5 @@
-"Text, tokens and windows: grids of sizes, damaged and missing input, the hub without a network, the real files where they are"
+"""Text, tokens and windows: grids of sizes, damaged and missing input, the hub without a network, the real files where
+they are"""
 import json, math, os, re, subprocess, sys, types
 from pathlib import Path
 import numpy as np
@@ -48,7 +49,7 @@ def test_eval_counts_every_token_once(seq_len, batch_size):
                 assert 1 <= len(ids) <= batch_size and ids.shape[1] == seq_len
                 for x, t in zip(ids, targets):
                     s = rows*step; real = min(seq_len, n - s); rows += 1
-                    assert torch.equal(x[:real], want[s:s + real])         # the inputs are the text moved on by one, from bos
+                    assert torch.equal(x[:real], want[s:s + real])         # inputs: the text moved on by one, from bos
                     assert (x[real:] == BOS).all() and (t[real:] == -100).all()
                     j = (t != -100).nonzero().ravel()
                     assert torch.equal(t[j], s + j) and len(j)
@@ -57,8 +58,8 @@ def test_eval_counts_every_token_once(seq_len, batch_size):
             assert (seen == 1).all(), (n, seq_len, stride)
             assert rows == 1 + max(0, math.ceil((n - seq_len)/step))
 
-@pytest.mark.parametrize("kw", [dict(seq_len=0), dict(seq_len=-2), dict(seq_len=2.5), dict(batch_size=0), dict(stride=0),
-                                dict(stride=-1), dict(stride=9), dict(bos_id=-1), dict(seq_len=True)])
+@pytest.mark.parametrize("kw", [dict(seq_len=0), dict(seq_len=-2), dict(seq_len=2.5), dict(batch_size=0),
+                                dict(stride=0), dict(stride=-1), dict(stride=9), dict(bos_id=-1), dict(seq_len=True)])
 def test_eval_refuses_sizes_before_the_first_batch(kw):
     with pytest.raises(InputError) as e: eval_batches(ramp(20), **(dict(seq_len=8, bos_id=0, batch_size=2) | kw))
     assert next(iter(kw)) in one_line(e)
@@ -69,7 +70,8 @@ def test_train_windows_reach_both_ends(n, seq_len):
     starts = {ds.start(i) for i in range(4000)}
     assert starts == set(range(n - seq_len))
     ids, targets = ds[5]
-    assert torch.equal(ids, ds.start(5) + torch.arange(seq_len)) and torch.equal(targets, ids + 1) and ids.dtype == torch.int64
+    assert torch.equal(ids, ds.start(5) + torch.arange(seq_len)) and torch.equal(targets, ids + 1)
+    assert ids.dtype == torch.int64
 
 def test_train_windows_are_a_function_of_seed_and_index():
     ds = TrainWindows(ramp(50_000), 8, 32, seed=7)
@@ -98,9 +100,10 @@ def test_train_windows_refuse(n, kw, word):
 @pytest.mark.parametrize("names", [("train.txt", "valid.txt", "test.txt"), ("train.txt", "validation.txt", None),
                                    ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")])
 def test_folder_file_names(tmp_path, names):
-    texts = dict(train=b"a b\r\nc", valid=b"\xff\xfe any bytes\n", test=b" \n")      # carriage returns and bad UTF-8 are kept
+    # Carriage returns and bad UTF-8 are kept
+    texts = dict(train=b"a b\r\nc", valid=b"\xff\xfe any bytes\n", test=b" \n")
     (d := tmp_path/"t").mkdir()
-    for (k, b), f in zip(texts.items(), names):
+    for b, f in zip(texts.values(), names):
         if f: (d/f).write_bytes(b)
     c = load_corpus(d, cache=tmp_path/"c")
     assert c.name == "t" and list(c.splits) == [k for k, f in zip(texts, names) if f]
@@ -167,7 +170,8 @@ def break_text(folder, bpe, how):
     if how == "no valid": (folder/"valid.txt").unlink(); return (folder, "bytes"), ["valid.txt", "validation.txt"]
     if how == "empty": (folder/"test.txt").write_bytes(b""); return (folder, "bytes"), ["test.txt", "empty"]
     if how == "not UTF-8":
-        (folder/"valid.txt").write_bytes(b"good \xc3\xa9 bad \xc3("); return (folder, bpe[0]), ["valid.txt", "offset 12", "0xc3"]
+        (folder/"valid.txt").write_bytes(b"good \xc3\xa9 bad \xc3(")
+        return (folder, bpe[0]), ["valid.txt", "offset 12", "0xc3"]
     if how == "no tokenizer folder": return (folder, "./none/at/all"), ["./none/at/all"]
     if how == "no tokenizer files": return (folder, folder), ["tokenizer.json"]
     (folder/"tokenizer.json").write_text("{"); return (folder, folder), ["cannot read a tokenizer"]
@@ -180,6 +184,17 @@ def test_refused_with_nothing_written(folder, tmp_path, bpe, how):
     msg = one_line(e)
     assert all(w in msg for w in words), msg
     assert not (tmp_path/"c").exists()
+
+@pytest.mark.parametrize("kw", [dict(data=""), dict(tokenizer=""), dict(cache=""), dict(data="  ")])
+def test_an_empty_name_is_not_the_default(tmp_path, monkeypatch, folder, kw):
+    monkeypatch.chdir(tmp_path)      # an empty cache folder would be this one
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError) as e: load_corpus(**dict(data=folder, tokenizer="bytes", cache=tmp_path/"c") | kw)
+    assert f"{next(iter(kw))} is empty" in one_line(e) and sorted(tmp_path.rglob("*")) == before
+
+def test_an_empty_tokenizer_is_none():
+    with pytest.raises(InputError) as e: load_tokenizer("")
+    assert "tokenizer is empty" in one_line(e)
 
 # ---- tokenizers
 
@@ -214,7 +229,8 @@ def test_other_rules_are_encoded_in_one_go(bpe, tmp_path, monkeypatch):
     j = json.loads(load_tokenizer(bpe[0]).fast.to_str())
     j["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
     (tmp_path/"tokenizer.json").write_text(json.dumps(j))
-    (tmp_path/"tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}')
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>")
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(config))
     tok = load_tokenizer(tmp_path)
     def no(*_): raise AssertionError("cut")
     monkeypatch.setattr(D, "pieces", no)
@@ -223,7 +239,8 @@ def test_other_rules_are_encoded_in_one_go(bpe, tmp_path, monkeypatch):
 # ---- the hub
 
 def test_hub_rows_become_the_original_bytes(tmp_path, monkeypatch):
-    original = {k: f" \n = {k} = \n \n Some <unk> text @-@ é . \n \n \n".encode() for k in ("train", "validation", "test")}
+    original = {k: f" \n = {k} = \n \n Some <unk> text @-@ é . \n \n \n".encode()
+                for k in ("train", "validation", "test")}
     asked = []
     def load_dataset(*args):
         asked.append(args)
@@ -235,7 +252,8 @@ def test_hub_rows_become_the_original_bytes(tmp_path, monkeypatch):
     for name in ("wikitext-2", "wikitext-103"):
         c = load_corpus(name, cache=tmp_path/"c")
         assert c.name == name and list(c.splits) == ["train", "valid", "test"]
-        for k, s in c.splits.items(): assert c.tokenizer.decode_bytes(s.tokens) == original[dict(valid="validation").get(k, k)]
+        for k, s in c.splits.items():
+            assert c.tokenizer.decode_bytes(s.tokens) == original[dict(valid="validation").get(k, k)]
     assert asked == [("Salesforce/wikitext", "wikitext-2-v1"), ("Salesforce/wikitext", "wikitext-103-v1")]
 
 OFFLINE = """
@@ -256,7 +274,8 @@ def test_no_network_is_one_quick_line(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     env |= dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path/"hf"), XDG_CACHE_HOME=str(tmp_path/"x"),
                 PYTHONPATH=str(Path(D.__file__).parents[2]))
-    r = subprocess.run([sys.executable, "-c", OFFLINE], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    r = subprocess.run([sys.executable, "-c", OFFLINE], env=env, cwd=tmp_path, capture_output=True, text=True,
+                       timeout=120)
     assert r.returncode == 0, r.stderr
     took, msgs = zip(*(line.split("|", 1) for line in r.stdout.splitlines()))
     assert len(msgs) == 3 and "--data DIR" in msgs[0] and "train.txt, valid.txt, test.txt" in msgs[0]
@@ -273,8 +292,9 @@ def test_count_words(text, n): assert count_words(text) == n
 def test_perplexities():
     s = Split(np.zeros(100, np.uint16), n_bytes=400, n_words=80, sha256="")
     p = perplexities(100*math.log(16), s)
-    assert p["token_ppl"] == pytest.approx(16) and p["word_ppl"] == pytest.approx(32) and p["bits_per_byte"] == pytest.approx(1)
-    assert (p["n_tokens"], p["n_words"], p["n_bytes"]) == (100, 80, 400) and p["nats_per_token"] == pytest.approx(math.log(16))
+    assert (p["token_ppl"], p["word_ppl"], p["bits_per_byte"]) == pytest.approx((16, 32, 1))
+    assert (p["n_tokens"], p["n_words"], p["n_bytes"]) == (100, 80, 400)
+    assert p["nats_per_token"] == pytest.approx(math.log(16))
     assert perplexities(1e9, s)["word_ppl"] == math.inf and math.isnan(perplexities(math.nan, s)["token_ppl"])
     with pytest.raises(InputError): perplexities(-1., s)
 
@@ -293,10 +313,12 @@ def test_wikitext2_counts(tmp_path):
         assert D.join_rows(r if r.strip() else "" for r in re.findall(r".*\n", text.decode())) == text
 
 @real
-@pytest.mark.skipif(not (DATA/"gpt2-bpe"/"vocab.json").is_file(), reason="no GPT-2 vocabulary; OKADFA_DATA names its folder")
+@pytest.mark.skipif(not (DATA/"gpt2-bpe"/"vocab.json").is_file(),
+                    reason="no GPT-2 vocabulary; OKADFA_DATA names its folder")
 def test_gpt2_on_wikitext2():
     tok = load_tokenizer(DATA/"gpt2-bpe")
-    assert (tok.vocab_size, tok.bos_id, tok.cuttable) == (50_257, 50_256, True) and tok.decode([50_256]) == "<|endoftext|>"
+    assert (tok.vocab_size, tok.bos_id, tok.cuttable) == (50_257, 50_256, True)
+    assert tok.decode([50_256]) == "<|endoftext|>"
     text = (DATA/"wikitext-2"/"valid.txt").read_bytes()
     ids = tok.encode(text)
     assert len(ids) == 258_659 and ids.dtype == np.uint16 and tok.decode(ids).encode() == text

@@ -12,11 +12,15 @@ from ..models.lm import LanguageModel
 from .data import Split, eval_batches, perplexities
 
 # %% ../../nbs/run/62_evaluate.ipynb #c0000006
-def autocast(device:torch.device, precision:str):
+def autocast(
+    device:torch.device,     # where the model is
+    precision:str,           # "fp32" | "bf16"
+):
     "The autocast context of a precision, bf16 or fp32"
     if precision not in ("bf16", "fp32"): raise InputError(f"precision must be bf16 or fp32, got {precision!r}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
+# %% ../../nbs/run/62_evaluate.ipynb #c5ea5282
 @torch.no_grad()
 def evaluate(
     model:LanguageModel,        # any credit rule; the loss is the same
@@ -29,8 +33,9 @@ def evaluate(
     progress=None,              # called with the number of tokens done
 ) -> dict:                      # token_ppl, word_ppl, bits_per_byte, nats, ... see `perplexities`
     "Cross-entropy of the whole split, no token skipped or counted twice"
-    seq_len = seq_len or model.config.max_len
-    if seq_len > model.config.max_len: raise InputError(f"seq_len {seq_len} is longer than the model's max_len {model.config.max_len}")
+    longest = model.config.max_len
+    seq_len = longest if seq_len is None else seq_len
+    if seq_len > longest: raise InputError(f"seq_len {seq_len} is longer than the model's max_len {longest}")
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     nats = counted = 0

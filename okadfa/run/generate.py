@@ -20,9 +20,12 @@ def sample(
     "Draw one token"
     if temperature == 0: return logits.argmax().item()
     logits = logits.float()/temperature
-    if top_k is not None and top_k < len(logits): logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if top_k is not None and top_k < len(logits):
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
 
+# %% ../../nbs/run/63_generate.ipynb #c7bf0a18
 @torch.no_grad()
 def generate(
     model:LanguageModel,              # of the vocabulary of `prompt`
