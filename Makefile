@@ -1,4 +1,4 @@
-# `make demo` shows it, `make test` proves it. Both make their own .venv first.
+# `make demo` shows it, `make test` checks it. Both make their own .venv first.
 PY  ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -25,11 +25,14 @@ install: $(READY)  ## make .venv and install the package in it
 demo: $(READY)  ## train OKADFA beside its baseline on the embedded corpus, write runs/demo/
 	$(BIN)/okadfa demo --out runs/demo
 
-test: $(READY)  ## modules in sync, notebooks clean, every notebook cell, pytest
-	$(BIN)/python -m pytest -q tests/test_sync.py
-	@# one thread a worker: two workers with all the cores each spend most of their time waiting for one another
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
+# One thread a worker: two workers with all the cores each spend most of their time waiting for one another.
+# A worker that has done its half of the tests takes some of the other's (worksteal).
+WORKERS ?= 2
+test: $(READY)  ## style, modules in sync, notebooks clean, every notebook cell, pytest
+	$(BIN)/ruff check tests okadfa nbs
+	$(BIN)/python -m pytest -q tests/test_sync.py tests/test_style.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_style.py -n $(WORKERS) --dist worksteal
 
 docs: $(READY)  ## build the site with quarto, or check the processed notebooks statically
 	$(BIN)/python tests/docs_check.py --build
@@ -89,7 +92,7 @@ figures: $(READY)  ## re-run the figure notebooks from results/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
 clean:     ## remove what the other targets made, .venv excepted
-	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: help install demo test docs bench demo-rows wikitext bytes ablate gpu figures clean

@@ -1,12 +1,12 @@
 "Shared by all test files: where the repository is, its notebooks, and a throw-away copy of it"
-import json, os, shutil, subprocess
+import json, os, re, shutil, subprocess
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/"nbs"
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "_proc", "__pycache__", "*.egg-info", ".ipynb_checkpoints",
-                                  ".pytest_cache", "build", "dist", ".cache")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "_proc", "__pycache__", "*.egg-info",
+                                  ".ipynb_checkpoints", ".pytest_cache", "build", "dist", ".cache")
 
 def notebooks() -> list[Path]:
     "Every notebook, relative to nbs/, by the rule nbdev follows: names that start with `.` or `_` do not count"
@@ -18,9 +18,10 @@ def load(nb:Path) -> dict: return json.loads((NBS/nb).read_text(encoding="utf-8"
 def source(cell:dict) -> str: return "".join(cell["source"])
 
 def copy_repo(dst:Path) -> Path:
-    "Copy what git would keep (tracked, or untracked and not ignored), as it is on disk; all but the built folders without git"
+    "Copy what git would keep (tracked, or untracked and not ignored), as on disk; without git, all but built folders"
     try:
-        r = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-coz", "--exclude-standard"], capture_output=True, text=True)
+        listing = ["git", "-C", str(ROOT), "ls-files", "-coz", "--exclude-standard"]
+        r = subprocess.run(listing, capture_output=True, text=True)
         # A folder that merely lies inside someone else's repository has none of its files listed.
         names = r.stdout.split("\0")[:-1] if r.returncode == 0 else []
     except FileNotFoundError: names = []
@@ -48,4 +49,15 @@ def seeded():
     yield
     torch.set_num_threads(threads)
 
-def pytest_configure(config): config.addinivalue_line("markers", "cuda: needs a CUDA device; `make gpu` runs these")
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    "Pictures are composed, not drawn: drawing is half the time of a tiny run. Tests marked `pictures` draw them"
+    if request.node.get_closest_marker("pictures") or not WITH_PICTURES.search(request.node.nodeid): return
+    from matplotlib.figure import Figure
+    monkeypatch.setattr(Figure, "savefig", lambda self, fname, **kw: Path(fname).write_bytes(b"a picture"))
+
+WITH_PICTURES = re.compile(r"test_(train|ablate|cli|plugin)\.py")      # the files of tests that train
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; `make gpu` runs these")
+    config.addinivalue_line("markers", "pictures: draws its pictures, which other tests only compose")

@@ -1,8 +1,8 @@
 """Check the documentation site: `python tests/docs_check.py [--build]`
 
-With `--build` and quarto on PATH the site is built by nbdev_docs first. Without, the notebooks are processed as nbdev does
-for quarto, and what they hold is checked: sidebar, links, cross-references, pictures and
-errors. One line per problem, exit code 1."""
+With `--build` and quarto on PATH the site is built by nbdev_docs first. Without, the notebooks are processed as
+nbdev does for quarto, and what they hold is checked: sidebar, links, cross-references, pictures and errors.
+One line per problem, exit code 1."""
 import argparse, contextlib, fnmatch, json, os, re, shutil, subprocess, sys, warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,9 +23,11 @@ class Report:
 
 def joined(x) -> str: return x if isinstance(x, str) else "".join(map(str, x))
 
+FENCED = re.compile(r"^([ \t]*)(`{3,}|~{3,}).*?^[ \t]*\2[`~]*[ \t]*$", re.M | re.S)
+
 def without_code(md:str) -> str:
     "Markdown without fenced blocks, inline code and maths, where brackets and `@` mean something else; line count kept"
-    md = re.sub(r"^([ \t]*)(`{3,}|~{3,}).*?^[ \t]*\2[`~]*[ \t]*$", lambda m: "\n"*m.group().count("\n"), md, flags=re.M | re.S)
+    md = FENCED.sub(lambda m: "\n"*m.group().count("\n"), md)
     md = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", md, flags=re.S)
     # the label behind a display formula stays
     md = re.sub(r"\$\$.*?\$\$", "", md, flags=re.S)
@@ -46,6 +48,12 @@ def links_of(plain:str) -> list[tuple[str, str]]:
     out += [("", u) for u in re.findall(r"^ {0,3}\[[^\]^]+\]:\s+<?([^\s>]+)", plain, flags=re.M)]
     return out + [("!" if k == "src" else "", u) for k, u in re.findall(r"\b(href|src)=[\"']([^\"']+)", plain)]
 
+def is_picture(data:dict) -> bool:
+    "Whether an output's data, by kind, hold a picture"
+    return any(k.startswith("image/") for k in data) or "<svg" in joined(data.get("text/html", ""))
+
+LABEL = r"((?:fig|sec|eq|tbl|lst)-[\w:-]+)"
+
 class Page:
     "A processed notebook: prose, outputs, the anchors it offers and the links and references it makes"
     def __init__(self, path:Path, root:Path):
@@ -55,12 +63,13 @@ class Page:
         self.labels, self.attachments, self.pictures_of = [], set(), {}
         for i, c in enumerate(self.cells):
             src = joined(c["source"])
-            if c["cell_type"] == "raw" and src.startswith("---"): self.front |= yaml.safe_load(src.strip().strip("-")) or {}
+            if c["cell_type"] == "raw" and src.startswith("---"):
+                self.front |= yaml.safe_load(src.strip().strip("-")) or {}
             if c["cell_type"] == "markdown": self.prose.append(src); self.attachments |= set(c.get("attachments", {}))
             if c["cell_type"] != "code": continue
             outs = c.get("outputs", [])
             shown = [o.get("data", {}) for o in outs]
-            pictures = sum(any(k.startswith("image/") for k in d) or "<svg" in joined(d.get("text/html", "")) for d in shown)
+            pictures = sum(map(is_picture, shown))
             self.images += pictures
             for label in re.findall(r"^\s*#\s*\|\s*label\s*:\s*[\"']?([\w:-]+)", src, flags=re.M):
                 self.labels.append(label); self.pictures_of[label] = pictures
@@ -70,8 +79,8 @@ class Page:
                 self.errors.append(f"cell {i} holds an error, {o.get('ename')}: {o.get('evalue')}")
         self.html = str(self.name.with_name(self.front.get("output-file", f"{self.name.stem}.html")))
         plain = [without_code(p) for p in self.prose]
-        self.labels += [x for p in plain for x in re.findall(r"\{[^}\n]*#((?:fig|sec|eq|tbl|lst)-[\w:-]+)", p)]
-        self.refs = [x.rstrip(":-") for p in plain for x in re.findall(r"(?<![\w@\\])@((?:fig|sec|eq|tbl|lst)-[\w:-]+)", p)]
+        self.labels += [x for p in plain for x in re.findall(r"\{[^}\n]*#" + LABEL, p)]
+        self.refs = [x.rstrip(":-") for p in plain for x in re.findall(r"(?<![\w@\\])@" + LABEL, p)]
         self.links = links_of("\n\n".join(plain))
         self.anchors = self._anchors()
 
@@ -79,7 +88,7 @@ class Page:
         out = set(self.labels)
         for md in self.prose:
             # headings keep their inline code, so only the fences go
-            md = re.sub(r"^([ \t]*)(`{3,}|~{3,}).*?^[ \t]*\2[`~]*[ \t]*$", "", md, flags=re.M | re.S)
+            md = FENCED.sub("", md)
             out |= set(re.findall(r"\bid=[\"']([^\"']+)", md)) | set(re.findall(r"\{[^}\n]*#([\w:.-]+)[^}\n]*\}", md))
             for text in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", md, flags=re.M):
                 own, text = re.search(r"\{[^}]*#", text), re.sub(r"\s*\{[^}]*\}\s*$", "", text)
@@ -141,7 +150,7 @@ def link_problem(page:Page, url:str, pages:dict, by_html:dict, root:Path, proc:P
     return None if made_by_nbdev else f"{there.name} has no heading #{anchor}"
 
 def check_site(root:Path, proc:Path) -> Report:
-    "Check the processed notebooks in `proc` against `_quarto.yml` in `root`, and the notebooks they came from for errors"
+    "Check the processed notebooks in `proc` against `_quarto.yml` in `root`, and those they came from for errors"
     rep = Report()
     say = rep.problems.append
     cfg = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))
@@ -157,8 +166,9 @@ def check_site(root:Path, proc:Path) -> Report:
     sidebars = site.get("sidebar") or {}
     sidebars = sidebars if isinstance(sidebars, list) else [sidebars]
     named = [t for s in sidebars for t in sidebar_targets(s.get("contents") or [])]
-    bar = site.get("navbar") or {}
-    extra = [t for side in ("left", "right") for t in sidebar_targets(bar.get(side) or [])] if isinstance(bar, dict) else []
+    bar = site.get("navbar")
+    bar = bar if isinstance(bar, dict) else {}
+    extra = [t for side in ("left", "right") for t in sidebar_targets(bar.get(side) or [])]
     for t in named + extra:
         if not re.match(r"[a-z]+:", t) and t not in pages and not (proc/t).is_file(): say(f"_quarto.yml: no page {t}")
     for t in sorted({t for t in named if named.count(t) > 1}): say(f"_quarto.yml: {t} is in the sidebar twice")
@@ -179,7 +189,8 @@ def check_site(root:Path, proc:Path) -> Report:
         if sourceless: say(f"{name}: {NO_ADDRESS} ({len(sourceless)} of them, {sourceless[0]} ...)")
         for ref in p.refs:   # on a website quarto resolves them within one page only
             if ref not in p.labels: say(f"{name}: cross-reference @{ref} has no label on its page")
-        for label in sorted({x for x in p.labels if p.labels.count(x) > 1}): say(f"{name}: label {label} is given twice")
+        twice = {x for x in p.labels if p.labels.count(x) > 1}
+        for label in sorted(twice): say(f"{name}: label {label} is given twice")
         for label, n in p.pictures_of.items():
             if label.startswith("fig-") and not n: say(f"{name}: the cell labelled {label} holds no image")
         if name.startswith("figures/fig_") and not p.images: say(f"{name}: a figure notebook without an image")
@@ -217,14 +228,15 @@ def process(root:Path) -> tuple[Path, list[str]]:
             try: serve_drv.main((src, dst, serve.FilterDefaults))
             except Exception as e:   # whatever a cell raises
                 why, cell = e.__cause__ or e, re.search(r"in cell \d+ :\n(.*)", str(e))
-                bad.append(f"{dst.relative_to(proc)}: {type(why).__name__}: {str(why).splitlines()[0]}"
-                           + (f" in the cell {cell.group(1)!r}: for the pages nbdev runs cells that import, export or show_doc "
-                              "and no others, so keep imports in a cell of their own" if cell else ""))
+                said = f"{dst.relative_to(proc)}: {type(why).__name__}: {str(why).splitlines()[0]}"
+                if cell: said += (f" in the cell {cell.group(1)!r}: for the pages nbdev runs cells that import, export "
+                                  "or show_doc and no others, so keep imports in a cell of their own")
+                bad.append(said)
         return proc, bad or [f"the notebooks can be processed one by one but not together: {first}"]
 
 def main(root:Path, build:bool) -> int:
     rep = Report()
-    # For nbdev's workers: it quotes every cell that holds an import and more, and two workers with all the cores each are slower.
+    # For nbdev's workers: it quotes every cell that holds an import and more; two with all the cores each are slower.
     os.environ.update(PYTHONWARNINGS="ignore::UserWarning", OMP_NUM_THREADS="1")
     if build and shutil.which("quarto"):
         r = subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=root)

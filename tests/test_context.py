@@ -28,9 +28,15 @@ def alive(pid):
     except OSError: return False
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-@pytest.mark.parametrize("how,code", [("end", 0), ("error", 1), (signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), ("stubborn", 128 + signal.SIGTERM)])
+@pytest.mark.parametrize("how,code", [
+    ("end", 0),
+    ("error", 1),
+    (signal.SIGINT, -signal.SIGINT),
+    (signal.SIGTERM, 128 + signal.SIGTERM),
+    ("stubborn", 128 + signal.SIGTERM)])
 def test_no_worker_is_left(how, code):
-    p = subprocess.Popen([sys.executable, "-c", SCRIPT, str(how)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", SCRIPT, str(how)], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         pids = [int(x) for x in p.stdout.readline().split()]
         assert len(pids) == 2 + (how == "stubborn")

@@ -40,16 +40,19 @@ def test_fixed_matrices_are_the_same_everywhere(kind):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_head_loss(half):
-    h, w, t = torch.randn(300, 64, device="cuda"), torch.randn(5000, 64, device="cuda")*0.1, torch.randint(5000, (300,), device="cuda")
+    h, w = torch.randn(300, 64, device="cuda"), torch.randn(5000, 64, device="cuda")*0.1
+    t = torch.randint(5000, (300,), device="cuda")
     h.requires_grad_(); w.requires_grad_()
     def run(f, **kw):
         with torch.autocast("cuda", torch.bfloat16, enabled=half): loss = f(h, w, t, **kw)
         return (loss.detach().float(), *torch.autograd.grad(loss, (h, w)))
-    for a, b in zip(run(linear_cross_entropy_ref), run(linear_cross_entropy, chunk=128)): assert_rel("loss", a, b, 2e-2 if half else 1e-4)
+    ref, got = run(linear_cross_entropy_ref), run(linear_cross_entropy, chunk=128)
+    for a, b in zip(ref, got): assert_rel("loss", a, b, 2e-2 if half else 1e-4)
 
 @pytest.mark.parametrize("mixer,rounds", [("favor", 0), ("favor", 1), ("softmax", 0)])
 def test_model_gradients_equal_those_of_the_cpu(mixer, rounds):
-    config = LMConfig(vocab_size=99, d_model=64, n_layers=3, n_heads=2, max_len=80, mixer=mixer, rounds=rounds, feedback="gaussian")
+    size = dict(vocab_size=99, d_model=64, n_layers=3, n_heads=2, max_len=80)
+    config = LMConfig(**size, mixer=mixer, rounds=rounds, feedback="gaussian")
     a, b, (x, y) = LanguageModel(config), LanguageModel(config).cuda(), torch.randint(99, (2, 2, 77))
     a.loss(x, y).backward(); b.loss(x.cuda(), y.cuda()).backward()
     for (n, p), q in zip(a.named_parameters(), b.parameters()): assert_rel(n, p.grad, q.grad.cpu(), 1e-3)

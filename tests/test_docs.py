@@ -17,10 +17,12 @@ PNG = dict(output_type="display_data", data={"image/png": "iVBORw0KGgo=", "text/
 def md(text): return dict(cell_type="markdown", metadata={}, source=text.splitlines(True))
 
 def code(text, *outputs):
-    return dict(cell_type="code", metadata={}, source=text.splitlines(True), outputs=list(outputs), execution_count=None)
+    found = dict(cell_type="code", metadata={}, source=text.splitlines(True))
+    return found | dict(outputs=list(outputs), execution_count=None)
 
 def front(output):
-    return dict(cell_type="raw", metadata={}, source=["---\n", f"output-file: {output}\n", "title: A page\n", "\n", "---\n"])
+    lines = ["---\n", f"output-file: {output}\n", "title: A page\n", "\n", "---\n"]
+    return dict(cell_type="raw", metadata={}, source=lines)
 
 SITE = """
 project:
@@ -38,17 +40,19 @@ website:
 
 def pages():
     "Processed notebooks of a sound site, with every kind of link"
-    showdoc = dict(output_type="display_data", data={"text/markdown": ["---\n", "\n", "### favor_attention\n", "\n", "*Linear*"]})
+    shown = ["---\n", "\n", "### favor_attention\n", "\n", "*Linear*"]
+    showdoc = dict(output_type="display_data", data={"text/markdown": shown})
     return {
         "index.ipynb": [front("index.html"), md("## Start here\n\n"
             "See [the features](attention/10_favor.ipynb#positive-features-of-q-and-k), "
-            "[`favor_attention`](/attention/favor.html#favor_attention), [`Favor.redraw`](/attention/favor.html#favor.redraw), "
+            "[`favor_attention`](/attention/favor.html#favor_attention), "
+            "[`Favor.redraw`](/attention/favor.html#favor.redraw), "
             "[data](../results/rows.jsonl), [elsewhere](https://example.org/a#b), [above](#start-here), "
             "and `[no](link.ipynb)`.\n\n"
             "```python\nx = a[0](b)  # [no](no.ipynb) @fig-no\n```\n\n| [table](figures/fig_a.ipynb) | $f[x](y)$ |\n")],
         "attention/10_favor.ipynb": [front("favor.html"),
-            md("## Positive features of `q` and $k$\n\n$$y = x$$ {#eq-y}\n\nFrom @eq-y and @fig-rows, "
-            "mail a@fig.org. [home](../index.ipynb) [site](/) [there](../figures/fig_a.html#again-1)\n\n![one](picture.png)"),
+            md("## Positive features of `q` and $k$\n\n$$y = x$$ {#eq-y}\n\nFrom @eq-y and @fig-rows, mail a@fig.org. "
+               "[home](../index.ipynb) [site](/) [there](../figures/fig_a.html#again-1)\n\n![one](picture.png)"),
             code("show_doc(favor_attention)", showdoc), code("#| label: fig-rows\n#| fig-cap: Rows\nplot()", PNG)],
         "figures/fig_a.ipynb": [front("fig_a.html"),
             md("## Again {#own}\n\n## Again\n\n## Again\n\n[x](#own) [y](#again)"), code("plot()", PNG)],
@@ -104,11 +108,13 @@ def plus(site, cell): return site | {"index.ipynb": site["index.ipynb"] + [cell]
 ERROR = dict(output_type="error", ename="ValueError", evalue="no", traceback=[])
 
 @pytest.mark.parametrize("change, yml, said", [
-    (lambda s: s, SITE.replace("10_favor", "11_gone.ipynb, attention/10_favor"), "_quarto.yml: no page attention/11_gone.ipynb"),
+    (lambda s: s, SITE.replace("10_favor", "11_gone.ipynb, attention/10_favor"),
+     "_quarto.yml: no page attention/11_gone.ipynb"),
     (lambda s: s, SITE.replace("[figures/fig_a.ipynb]", "[]"), "figures/fig_a.ipynb: not in the sidebar"),
     (lambda s: s, SITE.replace(', "/figures/*.ipynb"', ""), "figures/fig_a.ipynb: no render glob"),
     (lambda s: s, SITE.replace("- index.ipynb", "- index.ipynb\n      - index.ipynb"), "in the sidebar twice"),
-    (lambda s: {k: s[k] for k in s if k != "index.ipynb"}, SITE.replace("      - index.ipynb\n", ""), "index.ipynb: missing"),
+    (lambda s: {k: s[k] for k in s if k != "index.ipynb"}, SITE.replace("      - index.ipynb\n", ""),
+     "index.ipynb: missing"),
     (lambda s: s | {"figures/fig_a.ipynb": s["figures/fig_a.ipynb"][:-1]}, SITE, "a figure notebook without an image"),
     (lambda s: plus(s, code("#| label: fig-x\nplot()")), SITE, "the cell labelled fig-x holds no image"),
     (lambda s: plus(s, code("1/0", ERROR)), SITE, "index.ipynb: cell 2 holds an error, ValueError: no"),
@@ -123,12 +129,14 @@ def test_stored_and_unprocessed_notebooks_count(tmp_path):
     site = pages()
     sources = site | {"index.ipynb": [code("#| hide\n1/0", ERROR)], "attention/11_new.ipynb": [md("# New")]}
     rep = write(tmp_path, site, sources=sources)
-    assert rep.problems == ["attention/11_new.ipynb: not processed", "index.ipynb: stored cell 0 holds an error, ValueError: no"]
+    assert rep.problems == ["attention/11_new.ipynb: not processed",
+                            "index.ipynb: stored cell 0 holds an error, ValueError: no"]
 
 def test_front_page_links_count(tmp_path):
     write(tmp_path, pages())
     (tmp_path/"README.md").write_text("![picture](docs/gone.png)")
-    assert docs_check.check_site(tmp_path, tmp_path/"_proc").problems == ["README.md: link to docs/gone.png: no such file"]
+    rep = docs_check.check_site(tmp_path, tmp_path/"_proc")
+    assert rep.problems == ["README.md: link to docs/gone.png: no such file"]
 
 @pytest.mark.parametrize("heading, name", [
     ("Why the query's scale?", "why-the-querys-scale"), ("1. First_step - now", "first_step---now"),
@@ -158,9 +166,11 @@ def command(root, cells_of):
     named = "".join(f"\n      - {n}" for n in cells_of)
     (root/"_quarto.yml").write_text(f"project:\n  render: ['/*.ipynb']\nwebsite:\n  sidebar:\n    contents:{named}\n")
     for name, cells in cells_of.items():
-        nb = dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python")), nbformat=4, nbformat_minor=5)
+        meta = dict(kernelspec=dict(name="python3", language="python"))
+        nb = dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=5)
         (root/"nbs"/name).write_text(json.dumps(nb))
-    r = subprocess.run([sys.executable, "tests/docs_check.py"], cwd=root, env=clean_env(root), capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "tests/docs_check.py"], cwd=root, env=clean_env(root),
+                       capture_output=True, text=True)
     return r.returncode, r.stdout.splitlines()
 
 def test_command_says_what_it_counted(tmp_path):
@@ -170,7 +180,8 @@ def test_command_says_what_it_counted(tmp_path):
 
 def test_command_names_every_notebook_that_cannot_be_processed(tmp_path):
     mixed = [md("# A\n\n> b"), code("x = 1"), code("import json\nx + 1"), code("#| export\ndef f(): pass")]
-    rc, lines = command(tmp_path/"bad", {"index.ipynb": [md("# Made\n\n> up")], "00_a.ipynb": mixed, "01_b.ipynb": mixed})
+    notebooks = {"index.ipynb": [md("# Made\n\n> up")], "00_a.ipynb": mixed, "01_b.ipynb": mixed}
+    rc, lines = command(tmp_path/"bad", notebooks)
     assert rc == 1 and lines[-1].endswith("2 problems")
     assert [s.split(":")[0] for s in lines[:-1]] == ["00_a.ipynb", "01_b.ipynb"]
     assert all("NameError: name 'x'" in s for s in lines[:-1])

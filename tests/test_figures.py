@@ -3,11 +3,13 @@ import re
 import pytest
 from conftest import ROOT, load
 from okadfa.core import read_rows
-from okadfa.run.ablate import markdown, read_runs, select, summarise
 from okadfa.run.demo import summary_table
+from okadfa.run.summary import read_runs, select, summarise
+from okadfa.run.tables import cells
 
 def between(marker):
-    return re.search(rf"<!-- {marker}:[^\n]*-->\n(.*?)<!-- /{marker} -->", (ROOT/"README.md").read_text(), re.S)[1].strip()
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {marker}:[^\n]*-->\n(.*?)<!-- /{marker} -->", text, re.S)[1].strip()
 
 def printed(notebook):
     cells = load(ROOT/"nbs"/"figures"/notebook)["cells"]
@@ -16,12 +18,34 @@ def printed(notebook):
 def test_readme_shows_the_demo_rows():
     assert between("demo") == summary_table(read_rows(ROOT/"results"/"demo.jsonl")).strip()
 
-def test_readme_shows_the_rows_of_the_rules():
-    rows = [r for r in read_runs(ROOT/"results") if r["tokenizer"] == "bytes" and r["steps"] == 2000 and r["model"]["n_layers"] == 6]
-    for name in {r["data"] for r in rows}:
-        assert markdown(summarise(select(rows, "rules", like=next(r for r in rows if r["data"] == name)))).strip() in between("rules")
+def long_byte_runs():
+    runs = [r for r in read_runs(ROOT/"results") if r["sweep"] == "rules" and r["tokenizer"] == "bytes"]
+    return [r for r in runs if r["model"]["n_layers"] == 6]
 
-@pytest.mark.parametrize("marker,notebook", [("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb"), ("mixers", "fig_spectral.ipynb")])
+def test_readme_shows_the_rows_of_the_rules():
+    rows = [r for r in long_byte_runs() if r["steps"] == 2000]
+    for name in {r["data"] for r in rows}:
+        runs = select(rows, "rules", like=next(r for r in rows if r["data"] == name))
+        assert len(runs) >= 8
+        for numbers in summarise(runs).values():
+            shown = cells(numbers)
+            del shown["tokens_per_s"]                    # no comparison, because the runs shared a machine
+            assert " | ".join(shown.values()) in between("rules")
+    assert "tokens/s" not in between("rules")
+
+def test_readme_says_at_which_end_of_the_range_a_rate_was():
+    said = {"embedded": "Of 8 rules 2 took the largest and 0", "wikitext-2": "Of 8 rules 7 took the largest and 1"}
+    for data, says in said.items():
+        found = [r for r in long_byte_runs() if r["data"] == data]
+        rates = sorted({r["train"]["lr"] for r in found if r["tune"]})
+        runs = select([r for r in found if r["steps"] == 2000], "rules")
+        took = [next(iter(by_seed.values()))["train"]["lr"] for by_seed in runs.values()]
+        counted = f"Of {len(took)} rules {took.count(rates[-1])} took the largest and {took.count(rates[0])}"
+        assert counted == says and says in between("rules")
+
+@pytest.mark.parametrize("marker,notebook", [
+    ("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb"),
+    ("mixers", "fig_spectral.ipynb")])
 def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
@@ -29,8 +53,23 @@ def test_readme_shows_what_the_notebook_printed(marker, notebook):
 def test_readme_shows_what_the_byte_model_reached():
     shown = between("bytes")
     assert re.search(r": 1\.\d{3} bits per byte", shown) and shown in printed("fig_bytes.ipynb")
+    row, = read_rows(ROOT/"results"/"bytes.jsonl")
+    separate = {r["bits_per_byte"] for r in read_rows(ROOT/"results"/"quantize.jsonl") if r["model"] == row["model"]}
+    measured = [r["given_train"] for r in read_rows(ROOT/"results"/"compression.jsonl") if r["name"] == "model"]
+    for x in (*separate, measured[-1]): assert f"{x:.3f}" in shown        # both readings, never the better one alone
+    assert "one seed" in shown and "weights are not counted" in shown
 
-@pytest.mark.parametrize("name", ["demo", "wikitext", "head", "memory", "pipeline", "ablate", "estimators", "attention", "spectral", "compression", "bytes", "quantize"])
+def test_readme_trains_the_baseline_of_the_table():
+    "The commands on the front page are those that `make wikitext` runs"
+    readme, make = (ROOT/"README.md").read_text(encoding="utf-8"), (ROOT/"Makefile").read_text(encoding="utf-8")
+    common = re.search(r"^WIKITEXT .*?(--preset .*?) --results", make, flags=re.M)[1]
+    commands = re.findall(r"^okadfa train --data wikitext-2 --tokenizer gpt2.*$", readme, flags=re.M)
+    assert len(commands) == 2 and all(common in line for line in commands)
+    baseline = re.search(r"--out runs/wikitext/baseline\S* (.*?) \|\|", make)[1]
+    assert commands[1].endswith(baseline)
+
+@pytest.mark.parametrize("name", "demo wikitext head memory pipeline ablate estimators attention spectral compression "
+                                 "bytes quantize".split())
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows

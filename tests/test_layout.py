@@ -5,8 +5,11 @@ import pytest
 from conftest import NBS, ROOT, clean_env, load, notebooks, source
 
 LIB = ROOT/"okadfa"
-BELOW = dict(core=(), kernels=("core",), attention=("core", "kernels"), spectral=("core", "kernels"), dfa=("core",))
+BELOW = dict(core=(), processes=("core",), options=("core",), kernels=("core",), attention=("core", "kernels"),
+             spectral=("core", "kernels"), dfa=("core", "processes"))
 BELOW["models"] = tuple(BELOW)
+BELOW["extend"] = tuple(BELOW)       # what stands for code that is not ours
+BELOW["bench"] = tuple(r for r in BELOW if r != "extend")
 BELOW["run"] = tuple(BELOW)
 HEAVY = "transformers datasets matplotlib triton accelerate tensorboard".split()
 NOT_NEEDED = "nbdev fastcore IPython".split()   # they build the package, they are no part of it
@@ -19,6 +22,10 @@ def dotted(path:Path, lib:Path=LIB) -> str:
 
 # ---- import direction
 
+def called(n:ast.Call) -> str:
+    "The name of what is called, or the last part of it"
+    return getattr(n.func, "attr", getattr(n.func, "id", ""))
+
 def imported(path:Path, lib:Path=LIB) -> list[tuple[int, str]]:
     "(line, dotted name) of everything of the package that a module imports, at its top or inside functions"
     here, out = dotted(path, lib).split("."), []
@@ -28,7 +35,7 @@ def imported(path:Path, lib:Path=LIB) -> list[tuple[int, str]]:
         elif isinstance(n, ast.ImportFrom):
             base = ".".join(package[:len(package) - n.level + 1] * bool(n.level) + [n.module] * bool(n.module))
             names = [f"{base}.{a.name}" for a in n.names]
-        elif isinstance(n, ast.Call) and getattr(n.func, "attr", getattr(n.func, "id", "")) in ("import_module", "__import__") \
+        elif isinstance(n, ast.Call) and called(n) in ("import_module", "__import__") \
             and n.args and isinstance(n.args[0], ast.Constant): names = [str(n.args[0].value)]
         else: continue
         out += [(n.lineno, x) for x in names if x.split(".")[0] == lib.name]
@@ -51,12 +58,17 @@ def wrong_imports(lib:Path=LIB) -> list[str]:
 def test_imports_point_one_way(): assert wrong_imports() == []
 
 @pytest.mark.parametrize("where, code, wrong", [
-    ("attention/a.py", "from okadfa.spectral.b import x", True), ("attention/a.py", "from ..dfa import hook", True),
-    ("dfa/a.py", "def f():\n    from ..attention.favor import g", True), ("core.py", "from .kernels import favor", True),
-    ("core.py", "import okadfa.run.cli", True), ("dfa/a.py", "import okadfa.kernels.favor", True),
-    ("dfa/a.py", "from .. import spectral", True), ("models/a.py", "from ..run.data import d", True),
+    ("attention/a.py", "from okadfa.spectral.b import x", True),
+    ("attention/a.py", "from ..dfa import hook", True),
+    ("dfa/a.py", "def f():\n    from ..attention.favor import g", True),
+    ("core.py", "from .kernels import favor", True),
+    ("core.py", "import okadfa.run.cli", True),
+    ("dfa/a.py", "import okadfa.kernels.favor", True),
+    ("dfa/a.py", "from .. import spectral", True),
+    ("models/a.py", "from ..run.data import d", True),
     ("models/a.py", "import importlib\nimportlib.import_module('okadfa.run.data')", True),
-    ("__init__.py", "from .core import seed_everything", True), ("loose.py", "import torch", True),
+    ("__init__.py", "from .core import seed_everything", True),
+    ("loose.py", "import torch", True),
     ("run/a.py", "from ..models.lm import x\nfrom .data import y\nfrom okadfa import __version__", False),
     ("attention/a.py", "from ..kernels.favor import x\nfrom okadfa.core import y\nimport torch, attention", False)])
 def test_wrong_imports_are_found(tmp_path, where, code, wrong):
@@ -78,19 +90,21 @@ for name in sys.argv[2:]:
 
 def loads(names:list[str], root:Path=ROOT) -> list[str]:
     "Which of the modules, imported in this order in a fresh process, is the first to load each heavy package"
-    r = subprocess.run([sys.executable, "-c", LOADS, ",".join(HEAVY + NOT_NEEDED), *names], cwd=root, env=clean_env(root),
-                       capture_output=True, text=True)
+    command = [sys.executable, "-c", LOADS, ",".join(HEAVY + NOT_NEEDED), *names]
+    r = subprocess.run(command, cwd=root, env=clean_env(root), capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2000:]
     return r.stdout.splitlines()
 
 def test_imports_are_light():
-    names = [n for n in map(dotted, modules()) if not n.split(".")[-1].startswith("_")]     # _modidx, and _site for the pages
+    # without _modidx, and _site for the pages
+    names = [n for n in map(dotted, modules()) if not n.split(".")[-1].startswith("_")]
     rooms = ["", *BELOW]   # what is imported by others comes first, so that the module to blame is the one named
     names.sort(key=lambda n: (rooms.index((n.split(".")[1:2] or [""])[0]), n == "okadfa.run.cli", n))
     assert loads(names) == []
 
 def test_heavy_import_is_found(tmp_path):
-    for name, code in dict(light="import json", heavy="import matplotlib").items(): (tmp_path/f"{name}.py").write_text(code)
+    (tmp_path/"light.py").write_text("import json")
+    (tmp_path/"heavy.py").write_text("import matplotlib")
     assert loads(["light", "heavy"], tmp_path) == ["heavy loads matplotlib"]
 
 # ---- notebooks and modules
@@ -105,7 +119,8 @@ def directive_lines(nb:Path, words:str) -> list[list[str]]:
 def test_numbers_are_unique():
     numbers = [nb.name.split("_")[0] for nb in notebooks() if nb.stem != "index" and not in_figures(nb)]
     assert all(re.fullmatch(r"\d\d", n) for n in numbers), "a notebook's name is two digits, `_` and its module's name"
-    assert sorted(set(numbers)) == sorted(numbers), f"used twice: {sorted({n for n in numbers if numbers.count(n) > 1})}"
+    twice = sorted({n for n in numbers if numbers.count(n) > 1})
+    assert sorted(set(numbers)) == sorted(numbers), f"used twice: {twice}"
 
 def test_folders_have_the_same_names():
     rooms = {nb.parts[0] for nb in notebooks() if len(nb.parts) > 1 and not in_figures(nb)}
@@ -150,10 +165,12 @@ def undocumented(path:Path) -> list[str]:
         n = defs.get(name)
         if n is None: continue
         if not ast.get_docstring(n): bad.append(f"{name}: no docstring")
-        f = n if not isinstance(n, ast.ClassDef) else next((m for m in n.body if getattr(m, "name", "") == "__init__"), None)
+        f = n
+        if isinstance(n, ast.ClassDef): f = next((m for m in n.body if getattr(m, "name", "") == "__init__"), None)
         if f is None: continue
         a = f.args
-        args = [x for x in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if x and x.arg not in ("self", "cls")]
+        args = *a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg
+        args = [x for x in args if x and x.arg not in ("self", "cls")]
         if not args or args[-1].lineno == f.lineno: continue
         said = f"{ast.get_docstring(n) or ''} {ast.get_docstring(f) or ''}"
         bad += [f"{name}: no comment on {x.arg}" for x in args
@@ -165,8 +182,9 @@ def test_public_names_are_documented(path): assert undocumented(path) == []
 
 def test_undocumented_names_are_found(tmp_path):
     path = tmp_path/"m.py"
-    path.write_text("__all__ = ['f', 'g', 'C', 'X']\nX = 3\ndef f(a): return a\ndef g(\n    a:int,   # how many\n    b=2,\n):\n"
-                    "    'Do'\nclass C:\n    'Thing'\n    def __init__(self, a): pass\ndef _hidden(): pass\n")
+    path.write_text("__all__ = ['f', 'g', 'C', 'X']\nX = 3\ndef f(a): return a\n"
+                    "def g(\n    a:int,   # how many\n    b=2,\n):\n    'Do'\n"
+                    "class C:\n    'Thing'\n    def __init__(self, a): pass\ndef _hidden(): pass\n")
     assert undocumented(path) == ["f: no docstring", "g: no comment on b"]
 
 # ---- packaging

@@ -31,7 +31,8 @@ def test_modules_match_notebooks(repo_copy):
 def directives(cell) -> set[str]: return set(re.findall(r"^\s*#\s*\|\s*([\w-]+)", source(cell), flags=re.M))
 
 def skipped(cell) -> bool:
-    return bool(directives(cell) & SKIPPED) or bool(re.search(r"^\s*#\s*\|\s*eval\s*:\s*false", source(cell), flags=re.M | re.I))
+    never = re.search(r"^\s*#\s*\|\s*eval\s*:\s*false", source(cell), flags=re.M | re.I)
+    return bool(directives(cell) & SKIPPED) or bool(never)
 
 def parsed(cell) -> list[ast.stmt]:
     return ast.parse(re.sub(r"^\s*[%!].*$", "", source(cell), flags=re.M)).body
@@ -40,8 +41,8 @@ def must_show(cell) -> bool:
     "Whether running the cell surely leaves an output: an outermost `print(...)`, or a value as its last line"
     body = parsed(cell)
     def prints(s):
-        return isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) and getattr(s.value.func, "id", "") == "print" \
-            and not any(k.arg == "file" for k in s.value.keywords)
+        if not isinstance(s, ast.Expr) or not isinstance(s.value, ast.Call): return False
+        return getattr(s.value.func, "id", "") == "print" and not any(k.arg == "file" for k in s.value.keywords)
     if any(map(prints, body)): return True
     # A call may return None, and a semicolon hides the value.
     return bool(body) and isinstance(body[-1], ast.Expr) and not source(cell).rstrip().endswith(";") \
@@ -49,17 +50,19 @@ def must_show(cell) -> bool:
 
 def may_show(cell) -> bool:
     calls = [n.func for s in parsed(cell) for n in ast.walk(s) if isinstance(n, ast.Call)]
-    return bool({getattr(f, "id", getattr(f, "attr", "")) for f in calls} & {"print", "show", "subplots", "plot", "display"})
+    names = {getattr(f, "id", getattr(f, "attr", "")) for f in calls}
+    return bool(names & {"print", "show", "subplots", "plot", "display"})
 
 def output_text(cell) -> str:
     "What the outputs say, pictures left out (base64 spells anything)"
     out = []
     for o in cell.get("outputs", []):
-        out += [o.get("text", "")] + [v for k, v in o.get("data", {}).items() if not k.startswith("image/") or "svg" in k]
+        readable = (v for k, v in o.get("data", {}).items() if not k.startswith("image/") or "svg" in k)
+        out += [o.get("text", ""), *readable]
     return "\n".join(v if isinstance(v, str) else "".join(map(str, v)) for v in out)
 
 def stored_problems(nb:dict) -> list[str]:
-    "What is wrong with a stored notebook, cell by cell. nbdev_clean empties execution counts, so outputs tell whether it ran."
+    "What is wrong with a stored notebook. nbdev_clean empties execution counts, so outputs tell whether a cell ran."
     bad, ids, code = [], [], [c for c in nb["cells"] if c["cell_type"] == "code"]
     for i, c in enumerate(nb["cells"]):
         ids.append(c.get("id"))
@@ -82,7 +85,8 @@ def opening_problems(nb:dict) -> list[str]:
     "nbdev turns the first cell into the page's title and description and drops everything else it holds"
     first = nb["cells"][0]
     lines = [s for s in source(first).splitlines() if s.strip()]
-    if first["cell_type"] != "markdown" or not lines or not lines[0].startswith("# "): return ["must start with a cell `# title`"]
+    if first["cell_type"] != "markdown" or not lines or not lines[0].startswith("# "):
+        return ["must start with a cell `# title`"]
     promises = [s for s in lines if s.startswith("> ")]
     if not promises: return ["the first cell has no `> ` promise"]
     # `- key: value` lines are front matter
@@ -100,7 +104,8 @@ def cleaned(text:str) -> str:
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
     nb, cfg = json.loads(text), get_config()
-    clean_nb(nb, cfg.clear_all, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split(), cfg.clean_ids)
+    allowed = cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split()
+    clean_nb(nb, cfg.clear_all, *allowed, cfg.clean_ids)
     return nb2str(nb)
 
 @pytest.mark.parametrize("nb", notebooks(), ids=str)
@@ -117,6 +122,8 @@ def cell(src, kind="code", outputs=(), **kw):
 
 def stream(text, name="stdout"): return dict(output_type="stream", name=name, text=[text])
 
+def display(**data): return dict(output_type="display_data", data=data, metadata={})
+
 @pytest.mark.parametrize("cells, said", [
     ([cell("print(1)")], "not executed"),
     ([cell("x = 1\nx")], "not executed"),
@@ -126,7 +133,7 @@ def stream(text, name="stdout"): return dict(output_type="stream", name=name, te
     ([cell("x = 1", id="a"), cell("y = 1", id="a")], "used twice"),
     ([cell("p = '/home/me/data'")], "path of one machine"),
     ([cell("x = 1", outputs=[stream("wrote /home/x.json")])], "path of one machine"),
-    ([cell("x = 1", outputs=[dict(output_type="display_data", data={"text/html": ["<b>/home/x</b>"]})])], "path of one machine"),
+    ([cell("x = 1", outputs=[display(**{"text/html": ["<b>/home/x</b>"]})])], "path of one machine"),
     ([cell("x = 1", outputs=[stream("a.py:3: UserWarning: odd", "stderr")])], "stored warning"),
 ])
 def test_stored_faults_are_found(cells, said):
@@ -134,13 +141,14 @@ def test_stored_faults_are_found(cells, said):
     assert len(bad) == 1 and said in bad[0], bad
 
 def test_sound_cells_pass():
-    cells = [cell("print(1)", outputs=[stream("1\n")]), cell("#| slow\nprint(2)"), cell("#| eval: false\nx"), cell("x = 1;\nx;"),
-             cell("see [data](https://example.org/home/x)", "markdown"), cell("y = 2", outputs=[dict(output_type="display_data",
-             data={"image/png": "ab/home/xyz"}, metadata={})])]
+    cells = [cell("print(1)", outputs=[stream("1\n")]), cell("#| slow\nprint(2)"), cell("#| eval: false\nx"),
+             cell("x = 1;\nx;"), cell("see [data](https://example.org/home/x)", "markdown"),
+             cell("y = 2", outputs=[display(**{"image/png": "ab/home/xyz"})])]
     assert stored_problems(dict(cells=cells)) == []
 
 @pytest.mark.parametrize("first, said", [
-    ("Title\n\n> promise", "start with"), ("# Title", "no `> `"), ("# Title\n\n> promise\n\n$$x=1$$", "loses this line"),
+    ("Title\n\n> promise", "start with"), ("# Title", "no `> `"),
+    ("# Title\n\n> promise\n\n$$x=1$$", "loses this line"),
     ("# Title\n> one\n> two", "loses this line"), ("# Title\n\n> promise\n\n- skip_exec: true", None)])
 def test_opening_faults_are_found(first, said):
     bad = opening_problems(dict(cells=[cell(first, "markdown")]))
