@@ -136,7 +136,7 @@ def plot_depths(
         colour = colormaps["viridis"](i/max(1, *curves))
         ax.plot(steps, values, "o-", ms=2.5, lw=1.2, color=colour, label=name(i))
     ax.set(title=title, xlabel="step", ylabel=ylabel)
-    ax.legend(frameon=False, fontsize=7)
+    if any(curves.values()): ax.legend(frameon=False, fontsize=7)     # a rule that trains no block has none
 
 def plot_diagnostics(
     lines:list[dict],      # a run's metrics.jsonl

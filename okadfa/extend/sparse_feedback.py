@@ -16,9 +16,10 @@ CONNECTIONS = 4     # channels of the error that a channel hears
 def sparse(d:int, d_final:int, seed:int, l:int) -> Tensor:
     "[d d_final] with `CONNECTIONS` Gaussian entries in each row and zeros elsewhere"
     g, s = layer_generator(seed, l), min(CONNECTIONS, d_final)
-    heard = torch.rand(d, d_final, generator=g, dtype=torch.float64).argsort(1)[:, :s]
-    weights = torch.randn(d, s, generator=g, dtype=torch.float64)/s**0.5
-    return torch.zeros(d, d_final, dtype=torch.float64).scatter_(1, heard, weights)
+    wide = dict(dtype=torch.float64, device="cpu")          # whatever the defaults are where it is called
+    heard = torch.rand(d, d_final, generator=g, **wide).argsort(1)[:, :s]
+    weights = torch.randn(d, s, generator=g, **wide)/s**0.5
+    return torch.zeros(d, d_final, **wide).scatter_(1, heard, weights)
 
 def sparse_std(d:int, d_final:int) -> float:
     "Of all entries, zeros included"
