@@ -165,15 +165,15 @@ def typed(
 # %% ../nbs/02_options.ipynb #c451ad1e
 def load_plugin(path:str|Path) -> None:
     "Import a Python file. Raises `InputError` for one that is none, that fails, or has the name of another module"
-    path = Path(path).resolve()
-    if path.suffix != ".py" or not path.is_file(): raise InputError(f"no plug-in {path}: give a Python file")
+    given, path = path, Path(path).resolve()
+    if path.suffix != ".py" or not path.is_file(): raise InputError(f"no plug-in {str(given)!r}: give a Python file")
     found = sys.modules.get(path.stem)
     if found is None and importlib.util.find_spec(path.stem) is None: sys.path.insert(0, str(path.parent))
     try: module = importlib.import_module(path.stem)
     except Exception as e:
-        raise InputError(f"plug-in {path} failed: {type(e).__name__}: {' '.join(str(e).split())}") from e
+        raise InputError(f"plug-in {given} failed: {type(e).__name__}: {' '.join(str(e).split())}") from e
     if Path(getattr(module, "__file__", None) or "").resolve() != path:
-        raise InputError(f"plug-in {path} has the name of another module, {path.stem}: give the file another name")
+        raise InputError(f"plug-in {given} has the name of another module, {path.stem}: give the file another name")
 
 def plugins_of(
     args:list[str],                  # as the shell gives them

@@ -122,7 +122,7 @@ ESTIMATORS = Table("estimator", **{
     "derf-full": _fitted("centred, balanced, a width for each coordinate", "Likhosherstov et al. 2023", **_FULL),
     "derf": _fitted("balanced, Sobol points, each head's best rank", "Likhosherstov et al. 2023"),
     "hedgehog": Estimator(
-        lambda d, m, seed: LearnedFeatures(d, m, seed=seed), "fitted, then distilled", "Zhang et al. 2024",
+        lambda d, m, seed: LearnedFeatures(d, m, seed=seed), "learnt", "Zhang et al. 2024",
         fits=True, learns=True, in_model=True, start=lambda features, heads, local: features.start(heads, local))})
 
 def register_estimator(name:str, entry:Estimator) -> None:
