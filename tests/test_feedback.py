@@ -189,7 +189,7 @@ def test_bytes():
     f = FeedbackMatrices([10, 20], 7)
     assert f.nbytes == 4*7*30 and f.half().nbytes == 2*7*30
 
-@pytest.mark.parametrize("kind", [k for k in FEEDBACK_KINDS if not FEEDBACK_KINDS[k].learns])
+@pytest.mark.parametrize("kind", [k for k in OURS if not FEEDBACK_KINDS[k].learns])
 @pytest.mark.parametrize("dims, d_final", [([64, 64], 64), ([128, 32], 64)])
 def test_statistics(kind, dims, d_final):
     if kind == "identity" and dims != [64, 64]: pytest.skip("identity needs equal widths")
