@@ -156,7 +156,7 @@ def test_bad_generation(capsys, tmp_path, args):
 
 def test_quantize(capsys, tmp_path, text):
     run, small, several, results = (tmp_path/name for name in ("run", "small", "several", "results"))
-    model = "--d-model", 64, "--mixer", "spectral+favor"
+    model = "--d-model", 32, "--mixer", "spectral+favor"
     assert call(capsys, "train", "--out", run, "--data", text, *TINY, *model, "--steps", 3)[0] == 0
     for args, says in (
         (["--out", run], "exists"),
