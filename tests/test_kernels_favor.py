@@ -215,8 +215,8 @@ def test_shorter_forms_and_mixed_types(device):
     x = problem(device, 20, shared=True)
     q, k, v, Wq, Wk, bias, weight = x
     for f in (exp_attention_ref, exp_attention_triton):
-        assert torch.equal(f(q, k, v, Wq[0], Wk[0], bias[0], weight), f(*x))
-        assert torch.equal(f(q, k, v, Wq, Wk, None, weight), f(q, k, v, Wq, Wk, bias*0, weight))
+        same("no heads", f(q, k, v, Wq[0], Wk[0], bias[0], weight), f(*x), device)
+        same("no bias", f(q, k, v, Wq, Wk, None, weight), f(q, k, v, Wq, Wk, bias*0, weight), device)
     half = exp_attention_triton(q, k.half(), v.bfloat16(), *x[3:])
     assert half.dtype == torch.bfloat16
     assert_rel("mixed", exp_attention_ref(q, k.half(), v.bfloat16(), *x[3:]), half, 1e-2)

@@ -44,7 +44,10 @@ def byte_embed_ref(
 ) -> Tensor:                  # [b n d], the dtype of the table
     "The definition. Raises `InputError` for ids without a row"
     ids, scale = _prepare(ids, table, scale)
-    x = F.embedding(ids.long(), table if table.dtype == torch.float64 else table.float())*scale
+    wide = table if table.dtype == torch.float64 else table.float()
+    # Of no ids at all F.embedding has no gradient on CUDA: PyTorch 2.11 reads from address 0 there
+    x = F.embedding(ids.long(), wide) if ids.numel() else (0*wide.sum()).expand(*ids.shape, table.shape[1])
+    x = x*scale
     if shift:
         here, before = x.tensor_split(2, -1)                            # an odd channel belongs to the first half
         x = torch.cat([here, F.pad(before, (0, 0, 1, 0))[..., :-1, :]], -1)

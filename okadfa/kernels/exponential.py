@@ -129,7 +129,7 @@ def _contributions(x, W, bias, scale, t, y, delta, S, table, sizes, KEYS:constex
         shift -= tl.load(scale + at + i, mask=i < rows, other=float("inf"))
         f = tl.exp(_logs(x, W, bh % h, r, c, m, d, PARTS, P) + shift[:, None])
         z = -tl.sum(f*tl.load(delta + at + i, mask=i < rows, other=0.)[:, None], 0)
-    S += (bh.to(tl.int64)*chunks + g)*m*(d_v + 1)
+    S += (bh.to(tl.int64)*chunks + g + (1 if KEYS else 0))*m*(d_v + 1)    # see `_scan` for the places
     _store(S, d_v, r, e, m, d_v, _dot(tl.trans(f), y, P))
     tl.store(S + m*d_v + r, z, mask=r < m)
 
@@ -142,15 +142,16 @@ def _scan(S, t, sequences, n, chunks, count, E,
     x = tl.program_id(1)*TILE + tl.arange(0, TILE)
     t += bh.to(tl.int64)*n + row
     S += (bh.to(tl.int64)*chunks + first)*E + x
-    steps = tl.cdiv(rows, C)
+    steps, read, write = tl.cdiv(rows, C), 0 if REVERSE else 1, 1 if REVERSE else 0
     carry = tl.zeros([TILE], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        g = step
-        if REVERSE: g = steps - 1 - step
+        left = steps - 1 - step
+        g = left if REVERSE else step
         before = tl.load(t + g*C - 1, mask=g > 0, other=START)
         last = tl.load(t + tl.minimum(g*C + C, rows) - 1)
-        new = tl.load(S + g.to(tl.int64)*E, mask=x < E, other=0.)
-        tl.store(S + g.to(tl.int64)*E, carry, mask=x < E)
+        # The last contribution reaches no chunk, and its place may be a neighbour's, who writes there
+        new = tl.load(S + (g + read).to(tl.int64)*E, mask=(x < E) & (left > 0*x), other=0.)
+        tl.store(S + (g + write).to(tl.int64)*E, carry, mask=x < E)
         carry = carry*tl.exp(before - last) + new
 
 # %% ../../nbs/kernels/44_exponential.ipynb #c000001a
@@ -239,7 +240,7 @@ def _key_gradient(q, k, v, Wq, Wk, bias, weight, t, L, Z, go, delta, dk, dv, dwe
     t = tl.where(i < rows, tl.load(t + at + i, mask=i < rows, other=0.), last)
     L = tl.load(L + at + i, mask=i < rows, other=float("inf"))
     w = tl.load(weight + at + i, mask=i < rows, other=float("-inf")) - t
-    Z += (bh.to(tl.int64)*chunks + g)*m*(d_v + 1)
+    Z += (bh.to(tl.int64)*chunks + g + 1)*m*(d_v + 1)
     dot = tl.load(delta + at + i, mask=i < rows, other=0.)
     B, left = tl.trans(_causal(_dot(u, tl.trans(val), P) - dot[:, None], t, i, rows)), tl.exp(t - last)
     A, grad_k = tl.zeros([C, C], tl.float32), tl.zeros([C, D], tl.float32)

@@ -115,10 +115,11 @@ class _Launcher:
         programs._running_maximum[(self.b*self.h*s,)](t, self.sequences, self.sizes[0], s, START=START, TILE=1024)
 
     def states(self, keys, x, W, scale, t, y, delta):
-        "S before each chunk, or Z after it [b*h*chunks m*(d_v+1)]"
+        "S at the place of each chunk, or Z one place later [b*h*chunks+1 m*(d_v+1)]"
         (n, h, m, _, d_v, chunks), s = self.sizes, len(self.sequences)
-        S = torch.empty(self.b*h*chunks, m*(d_v + 1), dtype=torch.float32, device=x.device)
-        programs._contributions[(len(S), -(-m//self.o["BM"]))](
+        blocks = self.b*h*chunks
+        S = torch.empty(blocks + 1, m*(d_v + 1), dtype=torch.float32, device=x.device)
+        programs._contributions[(blocks, -(-m//self.o["BM"]))](
             _rows(x), W, self.bias, scale, t, _rows(y), delta, S, self.table, self.sizes,
             KEYS=keys, START=START, **self.o)
         programs._scan[(self.b*h*s, -(-S.shape[1]//SCAN["TILE"]))](
