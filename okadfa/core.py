@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['assert_rel', 'seed_everything', 'seeded_generator', 'default_device', 'gpu_context', 'LazyTriton', 'InputError',
-           'Table', 'option', 'choices_of', 'check_choices', 'version_of', 'provenance', 'append_row', 'read_rows']
+           'Table', 'option', 'choices_of', 'check_choices', 'cache_folder', 'version_of', 'provenance', 'append_row',
+           'read_rows']
 
 # %% ../nbs/00_core.ipynb #c0000003
 import gc, hashlib, importlib.util, json, os, platform, random, signal, subprocess, threading
@@ -199,6 +200,11 @@ def check_choices(settings) -> None:
             if x in known: continue
             several = ", or several joined by +" if joined else ""
             raise InputError(f"{f.name} must be {' or '.join(known)}{several}, got {x!r}")
+
+# %% ../nbs/00_core.ipynb #c0000027
+def cache_folder(name:str) -> Path:
+    "Where things called `name` are kept: under XDG_CACHE_HOME, or ~/.cache where that is not set"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"okadfa"/name
 
 # %% ../nbs/00_core.ipynb #c0000018
 def version_of(

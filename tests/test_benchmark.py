@@ -11,7 +11,7 @@ from okadfa.bench.pipeline import PipelineSettings
 from okadfa.bench.spectral import SpectralSettings
 from okadfa.core import InputError, option, read_rows
 from okadfa.models.head import linear_cross_entropy
-from okadfa.models.hub import save_model
+from okadfa.models.checkpoint import save_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run import estimators
 from okadfa.run.estimators import EstimatorSettings

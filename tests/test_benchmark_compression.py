@@ -3,7 +3,7 @@ import numpy as np
 import pytest, torch
 from okadfa.bench.measure import run_benchmark
 from okadfa.core import InputError, read_rows
-from okadfa.models.hub import load_model, save_model
+from okadfa.models.checkpoint import load_model, save_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run import compression
 from okadfa.run.compression import CompressionSettings, bits_per_byte

@@ -1,7 +1,7 @@
 "The command line: every mistake is one line and exit code 2 with nothing written; runs survive what happens to runs"
 import json, os, signal, subprocess, sys, time
 import pytest, torch, yaml
-from okadfa.models.hub import load_model, save_config, save_model
+from okadfa.models.checkpoint import load_model, save_config, save_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run.cli import main
 

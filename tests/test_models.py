@@ -6,7 +6,7 @@ from okadfa.core import InputError, assert_rel
 from okadfa.models.block import MIXERS, Mixer, register_mixer
 from okadfa.models.credit import CREDITS, CreditRule, register_credit
 from okadfa.models.diagnose import diagnose
-from okadfa.models.hub import load_model, save_model
+from okadfa.models.checkpoint import load_model, save_model
 from okadfa.models.lm import LanguageModel, LMConfig, readers, stored_config
 
 SIZE = dict(vocab_size=31, d_model=32, n_layers=4, n_heads=2, max_len=20)

@@ -7,7 +7,7 @@ from okadfa.bench.measure import BENCHMARKS
 from okadfa.dfa.feedback import FEEDBACK_KINDS
 from okadfa.models.block import MIXERS
 from okadfa.models.credit import CREDITS
-from okadfa.models.hub import load_model
+from okadfa.models.checkpoint import load_model
 from test_cli import TINY, bpe, call, private_cache, refused, text    # noqa: F401
 
 NAMES = "zz-average", "zz-top", "zz-hadamard", "zz-relu", "zz-sort"

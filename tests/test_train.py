@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from okadfa.core import InputError, read_rows
 from okadfa.dfa.diagnostics import NonFiniteError
-from okadfa.models.hub import load_model
+from okadfa.models.checkpoint import load_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run.data import load_corpus
 from okadfa.run.train import TrainConfig, lr_factor, train
@@ -245,7 +245,7 @@ def test_a_damaged_config_is_one_line(corpus, tmp_path, stopped, content):
 
 def test_weights_of_another_model_are_one_line(corpus, tmp_path, stopped):
     run = shutil.copytree(stopped/"run", tmp_path/"run")
-    from okadfa.models.hub import save_model
+    from okadfa.models.checkpoint import save_model
     save_model(LanguageModel(dataclasses.replace(MODEL, d_model=32)), run/"checkpoint", step=3)
     with pytest.raises(InputError, match="not a checkpoint of this run") as e: go(corpus, run, resume=True)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400

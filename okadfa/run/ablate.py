@@ -15,7 +15,7 @@ from pathlib import Path
 from ..bench.measure import reset_peak_memory
 from ..core import InputError, append_row, default_device
 from ..dfa.diagnostics import NonFiniteError
-from ..models.hub import load_model
+from ..models.checkpoint import load_model
 from .data import Corpus, TrainWindows, load_corpus
 from .evaluate import evaluate
 from .summary import read_runs, run_row

@@ -130,7 +130,7 @@ def load_checkpoint(
     device=None,             # None: CUDA where there is one
 ) -> tuple:                  # model, tokenizer, config.json
     "Raises `InputError` for a tokenizer that is not the one of training"
-    from okadfa.models.hub import load_model
+    from okadfa.models.checkpoint import load_model
     from okadfa.run.data import load_tokenizer
     model, info = load_model(checkpoint, device or default_device())
     tok = load_tokenizer(info.get("tokenizer", "bytes") if tokenizer is None else tokenizer)
@@ -235,7 +235,7 @@ def write_quantized(
     judge,           # model -> bits per byte
 ) -> dict:           # bits of a pair -> bits per byte of what was read back
     "A folder for each size"
-    from okadfa.models.hub import load_model, save_quantized
+    from okadfa.models.checkpoint import load_model, save_quantized
     folders = {b: out if len(made) == 1 else out/f"{b:g}" for b in made}
     rest = {k: v for k, v in info.items() if k != "model"}
     for b, weights in made.items(): save_quantized(model, folders[b], weights=weights, **rest)

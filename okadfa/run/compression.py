@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from ..bench.measure import Benchmark, check_positive, register_benchmark
 from ..core import InputError, default_device, option
-from ..models.hub import load_model
+from ..models.checkpoint import load_model
 from ..models.lm import LanguageModel
 from .data import Corpus, load_corpus
 from .evaluate import evaluate

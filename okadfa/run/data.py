@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['embedded_corpus', 'pieces', 'token_dtype', 'SubwordTokenizer', 'hub_reachable', 'refuse_empty', 'load_tokenizer',
-           'Split', 'Corpus', 'count_words', 'cache_folder', 'join_rows', 'load_corpus', 'TrainWindows', 'eval_batches',
-           'perplexities']
+           'Split', 'Corpus', 'count_words', 'join_rows', 'load_corpus', 'TrainWindows', 'eval_batches', 'perplexities']
 
 # %% ../../nbs/run/60_data.ipynb #c0000003
 import hashlib, json, math, operator, os, re, ssl, tempfile, urllib.error, urllib.request, zlib
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import InputError
+from ..core import InputError, cache_folder
 from ..spectral.bytes import ByteEncoder
 
 # %% ../../nbs/run/60_data.ipynb #c0000006
@@ -215,10 +214,6 @@ def count_words(
     return int(words) + data.count(b"\n") + (not data.endswith(b"\n"))
 
 # %% ../../nbs/run/60_data.ipynb #c0000018
-def cache_folder() -> Path:
-    "Where tokens are kept unless a folder is given"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"okadfa"/"tokens"
-
 def _replace(path:Path, write):
     "Write a file whole or not at all"
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
@@ -292,7 +287,7 @@ def _read(data:str|Path) -> tuple[str, dict[str, tuple[str, bytes]]]:
 def load_corpus(
     data:str|Path="embedded",     # "embedded", a folder with train.txt and valid.txt, "wikitext-2" or "wikitext-103"
     tokenizer:str|Path="bytes",   # for `load_tokenizer`
-    cache:str|Path|None=None,     # folder for the tokens; None: `cache_folder()`
+    cache:str|Path|None=None,     # folder for the tokens; None: `cache_folder("tokens")`
 ) -> Corpus:
     "Text to tokens, kept on disk. Raises InputError, with nothing written, for text or tokenizers that cannot be used."
     refuse_empty(data=data, tokenizer=tokenizer, cache=cache)
@@ -300,7 +295,7 @@ def load_corpus(
     for where, b in texts.values():
         if not b: raise InputError(f"{where} is empty; put the text there")
     tok = load_tokenizer(tokenizer)
-    cache = cache_folder() if cache is None else Path(cache).expanduser()
+    cache = cache_folder("tokens") if cache is None else Path(cache).expanduser()
     sha = {k: hashlib.sha256(b).hexdigest() for k, (_, b) in texts.items()}
     key = {k: hashlib.sha256(f"{s} {tok.fingerprint}".encode()).hexdigest() for k, s in sha.items()}
     tokens = {k: _cached(cache, key[k], token_dtype(tok.vocab_size)) for k in texts}

@@ -11,7 +11,7 @@ import json, math, shutil, statistics, subprocess, sys
 from pathlib import Path
 from typing import NamedTuple
 from ..core import InputError, append_row, read_rows
-from ..models.hub import load_model
+from ..models.checkpoint import load_model
 from .data import load_tokenizer, refuse_empty
 from .generate import generate
 from .records import write_json

@@ -18,7 +18,7 @@ from ..attention.estimators import ESTIMATORS, make_features
 from ..attention.favor import row_cosine
 from ..bench.measure import Benchmark, check_not_empty, check_positive, register_benchmark
 from ..core import InputError, check_choices, option, seeded_generator
-from ..models.hub import load_model
+from ..models.checkpoint import load_model
 from ..models.lm import LanguageModel
 from .data import load_corpus
 from ..models.diagnose import queries_and_keys

@@ -22,7 +22,7 @@ from ..dfa.diagnostics import check_finite, plot_diagnostics
 from ..bench.measure import peak_memory_bytes
 from ..models.credit import CREDITS
 from ..models.diagnose import diagnose
-from ..models.hub import save_config
+from ..models.checkpoint import save_config
 from ..models.lm import LMConfig, LanguageModel
 from .data import Corpus, TrainWindows, eval_batches, refuse_empty
 from .evaluate import evaluate
