@@ -51,7 +51,7 @@ def smollm2_folder() -> Path:
 # %% ../../nbs/models/56_pretrained.ipynb #ca560008
 def load_pretrained(
     name:str|Path,                    # a folder, a name on the Hugging Face Hub, or "smollm2-135m"
-    device:str|torch.device="cpu",
+    device:str|torch.device="cpu",    # where to put it
     **options,                        # for `AutoModelForCausalLM.from_pretrained`
 ) -> tuple[nn.Module, object]:        # the model in eval mode, in float32 unless options say otherwise; its tokenizer
     "A causal language model of `transformers`. Raises `InputError` for what cannot be found or is none"
