@@ -27,12 +27,18 @@ class Exponents(NamedTuple):
         return self._replace(weight=self.weight[:, :, at], weight_q=weight_q)
 
 # %% ../../nbs/attention/14_chunks.ipynb #c50c9091
-def affine_of(features, h:int, d:int, dtype) -> tuple[Tensor, Tensor, Tensor|None]:
-    "Wq, Wk and the bias of both together, for h heads of d channels. Raises `InputError` where the map has others"
+def affine_of(
+    features,            # an `ExponentialFeatures`
+    h:int,               # query heads
+    d:int,               # channels of a head
+    dtype:torch.dtype,   # of the result
+    h_k:int|None=None,   # key heads, where the map may be one for each of these
+) -> tuple[Tensor, Tensor, Tensor|None]:    # [m d] or [h|h_k m d], twice; [m] or [h|h_k m] or None
+    "Wq, Wk and the bias of both together. Raises `InputError` where the map is for others"
     (Wq, bq), (Wk, bk) = ([None if x is None else x.to(dtype) for x in features.affine(side)] for side in (True, False))
     name = type(features).__name__
     if d != features.d: raise InputError(f"{name} was made for d={features.d}, got vectors of {d}")
-    if Wq.ndim == 3 and len(Wq) != h: raise InputError(f"{name} has statistics of {len(Wq)} heads, got {h}")
+    if Wq.ndim == 3 and len(Wq) not in (h, h_k): raise InputError(f"{name} has statistics of {len(Wq)} heads, got {h}")
     if bq is None or bk is None: return Wq, Wk, bk if bq is None else bq
     return Wq, Wk, bq + bk
 

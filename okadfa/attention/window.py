@@ -273,5 +273,5 @@ def window_attention(
     chunk:int=64,          # positions whose far weights are formed at once
     far_by=ByChunks,       # `ByChunks` or `ByKernels`
 ) -> tuple[Tensor, Tensor]:        # [b h n d_v], the dtype of v; rows that are to be mended [b h n] bool
-    "Causal attention, exact for sinks and a sliding window and by features for the rest, in time and memory linear in n"
+    "Causal attention, exact for sinks and a sliding window, by features for the rest; linear in n"
     return _WindowAttention.apply(q, k, v, *phi, pad, window, sinks, chunk, far_by)

@@ -202,10 +202,12 @@ def far_backward(
     inputs = _rows(q), _rows(k), _rows(v), run.Wq, run.Wk, run.bias, weight, t, L.contiguous()
     with _on(q):
         S = run.states(True, k, run.Wk, weight, t, v, weight)
-        run.each_chunk(programs._query_gradient, *inputs, S, _rows(out), _rows(go), delta, _rows(dq), dlq, KEEP=keep)
+        results = _rows(go), delta, _rows(dq), dlq
+        run.each_chunk(programs._query_gradient, *inputs, S, _rows(out), *results, KEEP=keep)
         del S                                                                   # its memory serves Z
         Z = run.states(False, q, run.Wq, L, t, go, delta)
-        run.each_chunk(programs._key_gradient, *inputs, Z, _rows(go), delta, _rows(dk), _rows(dv), dweight, dlk, KEEP=keep)
+        results = _rows(go), delta, _rows(dk), _rows(dv), dweight, dlk
+        run.each_chunk(programs._key_gradient, *inputs, Z, *results, KEEP=keep)
     grads = _parameter_gradients(q, k, dlq, dlk, like, needed) if keep else [None]*3
     return dq, dk, dv, *grads, dweight
 
