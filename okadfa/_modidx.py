@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'okadfa/attention/fitted.py'),
                                          'okadfa.attention.fitted._check_heads': ( 'attention/fitted.html#_check_heads',
                                                                                    'okadfa/attention/fitted.py'),
+                                         'okadfa.attention.fitted._score': ('attention/fitted.html#_score', 'okadfa/attention/fitted.py'),
                                          'okadfa.attention.fitted.balance_covariances': ( 'attention/fitted.html#balance_covariances',
                                                                                           'okadfa/attention/fitted.py'),
                                          'okadfa.attention.fitted.balanced_coordinates': ( 'attention/fitted.html#balanced_coordinates',

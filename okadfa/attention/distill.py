@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 from ..core import InputError, seeded_generator
-from .favor import ExponentialFeatures, gaussian_directions
+from .definition import exact_pairs
+from .favor import ExponentialFeatures, for_heads, gaussian_directions
 from .fitted import FittedFeatures, HeadFeatures
 
 # %% ../../nbs/attention/17_distill.ipynb #c2151f99
@@ -27,6 +28,8 @@ def row_divergence(
     at:Tensor,           # the positions of q [n_q]
     causal:bool=True,    # row i sees keys 0..i; else all
     local:bool=False,    # inside chunks of 64 the estimate is exact; the features learn what lies before, in its scale
+    window:int=0,        # or it is exact for the last keys
+    sinks:int=0,         # and the first
 ) -> Tensor:             # scalar: cross-entropy to softmax minus softmax's own entropy, in nats a row
     "Kullback-Leibler divergence of the estimated rows of attention from those of softmax, averaged over rows and heads"
     keys = torch.arange(k.shape[2], device=k.device)
@@ -34,7 +37,8 @@ def row_divergence(
     logits = q @ k.mT/q.shape[-1]**0.5
     soft = logits.masked_fill(future, -torch.inf).log_softmax(-1)
     log = _log_weights(features, q, k)
-    if local: log = logits.where(at[:, None]//64 == keys//64, log)
+    near = exact_pairs(64 if local else 0, window, sinks)
+    if near: log = logits.where(near(at[:, None], keys), log)
     log = log.masked_fill(future, -torch.inf).log_softmax(-1)
     return (soft.exp()*(soft - log).masked_fill(future, 0)).sum(-1).mean()
 
@@ -42,25 +46,26 @@ def row_divergence(
 def distill(
     features:ExponentialFeatures,   # with parameters; trained in place
     q:Tensor,               # queries [b h n d], of a model whose softmax attention is to be matched
-    k:Tensor,               # keys [b h n d]
+    k:Tensor,               # keys [b h_k n d]
     steps:int=500,          # of Adam; the rate falls to 0 along a cosine
     lr:float=1e-2,          # peak learning rate
     rows:int=512,           # query rows a step, of each head
     causal:bool=True,       # row i sees keys 0..i; else all
-    local:bool=False,       # for attention that is exact inside chunks of 64
     seed:int=0,             # of the rows drawn
+    **exact,                # for attention with exact keys: local, window, sinks, see `row_divergence`
 ) -> list[float]:           # `row_divergence` at every step
     "Train a feature map to give the rows of softmax attention. Raises `InputError` where there is nothing to train"
-    if local and not causal: raise InputError("local=True needs causal=True")
+    if any(exact.values()) and not causal: raise InputError("exact keys (local, window, sinks) need causal=True")
     params = [p for p in features.parameters() if p.requires_grad and p.numel()]
     if not params: raise InputError(f"{type(features).__name__} has no parameters to train")
     q, k, (b, h, n, _) = q.detach().float(), k.detach().float(), q.shape
+    seen, k = for_heads(features, h, k.shape[1]), k.repeat_interleave(h//k.shape[1], 1)
     opt, g, losses = torch.optim.Adam(params, lr=lr), seeded_generator("distill", seed), []
     texts, few = max(1, min(b, rows//n)), min(n, rows)
     for step in range(steps):
         opt.param_groups[0]["lr"] = lr*(1 + math.cos(math.pi*step/steps))/2
         text, at = (torch.randperm(size, generator=g)[:count].to(q.device) for size, count in ((b, texts), (n, few)))
-        loss = row_divergence(features, q[text][:, :, at], k[text], at, causal, local)*h
+        loss = row_divergence(seen, q[text][:, :, at], k[text], at, causal, **exact)*h
         opt.zero_grad(); loss.backward(); opt.step()
         losses.append(loss.item()/h)
     return losses
@@ -100,15 +105,17 @@ class LearnedFeatures(HeadFeatures):
 
     def fit(self,
         q:Tensor,                # queries [b h n d]
-        k:Tensor,                # keys [b h n d]
+        k:Tensor,                # keys [b h_k n d]
+        v:Tensor|None=None,      # values [b h_k n d_v], to choose the start by
+        *,
         steps:int=500,           # of distillation; 0: the fitted features as they are
         causal:bool=True,        # see `distill`
-        local:bool=False,        # see `distill`
-        **kwargs,                # for `distill`
+        **kwargs,                # for `distill`: lr, rows; local, window, sinks
     ):                           # self
         "`FittedFeatures.fit`, then `distill`"
-        self._take(from_fitted(FittedFeatures(self.d, self.m, seed=self.seed).fit(q, k, local=local)))
-        if steps: distill(self, q, k, steps, causal=causal, local=local, seed=self.seed, **kwargs)
+        exact = {name: x for name, x in kwargs.items() if name in ("local", "window", "sinks")}
+        self._take(from_fitted(FittedFeatures(self.d, self.m, seed=self.seed).fit(q, k, v, **exact)))
+        if steps: distill(self, q, k, steps, causal=causal, seed=self.seed, **kwargs)
         return self
 
     def start(self, heads:int, local:bool=False):

@@ -389,12 +389,12 @@ class FavorState(decode.RunningState):
 @torch.no_grad()
 def row_cosine(
     q:Tensor,             # queries [b h n d]
-    k:Tensor,             # keys [b h n d]
+    k:Tensor,             # keys [b h_k n d]
     features:nn.Module,   # feature map
     causal:bool=True,     # row i sees keys 0..i; else all
-    local:bool=False,     # softmax's own weights inside chunks of 64, see `favor_attention`
+    **exact,              # local, window, sinks: see `favor_attention`
 ) -> Tensor:              # [b h], mean over rows
     "Cosine between the rows of estimated and of softmax attention"
     q, k, eye = q.float(), k.float(), torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
-    soft = F.scaled_dot_product_attention(q, k, eye, is_causal=causal)
-    return F.cosine_similarity(favor_attention(q, k, eye, features, causal=causal, local=local), soft, dim=-1).mean(-1)
+    soft = F.scaled_dot_product_attention(q, k, eye, is_causal=causal, enable_gqa=True)
+    return F.cosine_similarity(favor_attention(q, k, eye, features, causal=causal, **exact), soft, dim=-1).mean(-1)

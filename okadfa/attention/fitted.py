@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import InputError, seeded_generator
-from .favor import ExponentialFeatures, row_cosine
+from .favor import ExponentialFeatures, favor_attention, row_cosine
 
 # %% ../../nbs/attention/16_fitted.ipynb #ca4b27f9
 def example_heads(
@@ -76,7 +77,7 @@ def balanced_coordinates(q:Tensor, k:Tensor) -> Coordinates:
 
 def plain_coordinates(q:Tensor, k:Tensor) -> Coordinates:
     "Queries and keys as they are over d^(1/4), one width for all coordinates"
-    (_, h, _, d), q, k = q.shape, q.double(), k.double()
+    (_, h, _, d), q, k = k.shape, q.double(), k.double()
     square = q.square().mean((0, 2)) + k.square().mean((0, 2)) + 2*q.mean((0, 2))*k.mean((0, 2))     # E(q + k)^2
     M, zero = torch.eye(d, dtype=q.dtype, device=q.device).expand(h, -1, -1)*d**-0.25, torch.zeros_like(square)
     return Coordinates(zero, zero, M, M, (square/d**0.5).mean(-1, keepdim=True).expand(-1, d))
@@ -133,15 +134,26 @@ class HeadFeatures(ExponentialFeatures):
         return self
 
 # %% ../../nbs/attention/16_fitted.ipynb #cc709f03
-def _check_heads(q, k, d):
-    if q.ndim != 4 or q.shape != k.shape or q.shape[-1] != d:
-        raise InputError(f"fit needs q and k [b h n {d}] of one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+def _check_heads(q, k, v, d):
+    def fits(x): return x.ndim == 4 and x.shape[::2] == q.shape[::2] and not q.shape[1] % max(1, x.shape[1])
+    if q.ndim == 4 and q.shape[-1] == k.shape[-1] == d and all(fits(x) for x in (k, v) if x is not None): return
+    got = " and ".join(str(tuple(x.shape)) for x in (q, k, v) if x is not None)
+    raise InputError(f"fit needs q [b h n {d}], k [b h_k n {d}], perhaps v [b h_k n d_v], h_k a divisor of h, got {got}")
 
-def _best_of(choices, features, q, k, local):
-    "Give each head of `features` the choice with the best rows; of equal ones the first"
+def _score(features, q, k, v, exact):
+    "Of each key head [h_k], larger is better: less error of the output where values are there, else row cosine"
+    if v is None: each = row_cosine(q, k, features, **exact).mean(0)
+    else:
+        soft = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+        error = favor_attention(q.float(), k.float(), v.float(), features, **exact) - soft
+        each = -error.square().sum((0, 2, 3))/soft.square().sum((0, 2, 3)).clamp_min(1e-30)
+    return each.view(k.shape[1], -1).mean(1)
+
+def _best_of(choices, features, q, k, v, exact):
+    "Give each head of `features` the choice with the best score; of equal ones the first"
     best = None
     for found in choices:
-        score = row_cosine(q, k, features._take(found), local=local).mean(0)                     # [h]
+        score = _score(features._take(found), q, k, v, exact)
         if best is None: best, top = found, score; continue
         won = score > top
         best = {name: x.where(won.view(-1, *[1]*(x.ndim - 1)), best[name]) for name, x in found.items()}
@@ -168,17 +180,20 @@ class FittedFeatures(HeadFeatures):
     @torch.no_grad()
     def fit(self,
         q:Tensor,      # queries [b h n d]
-        k:Tensor,      # keys [b h n d]
+        k:Tensor,      # keys [b h_k n d]; where h_k < h, the statistics are those of key heads
+        v:Tensor|None=None,   # values [b h_k n d_v]: choose by the error of the output, not by row cosine
+        *,
         rows:int=1024, # of each head, to choose the rank by
-        local:bool=False,   # choose it for attention that is exact near by
+        **exact,       # choose it for attention with these exact keys: local, window, sinks
     ):                 # self
-        "Closed form from means and covariances; then the rank by row cosine on these queries and keys"
-        _check_heads(q, k, self.d)
-        where = plain_coordinates(q, k) if self.one_width else balanced_coordinates(q, k)
+        "Closed form from means and covariances; then the rank that serves these queries and keys best"
+        _check_heads(q, k, v, self.d)
+        few, together = max(1, rows//q.shape[2]), q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        where = (plain_coordinates if self.one_width else balanced_coordinates)(together, k)
         ranks = sorted({min(r, self.d) for r in self.ranks} | {self.d}) if self.ranks else [self.d]
         choices = (closed_form(where, r, self.m, self.directions, self.seed) for r in ranks)
-        few = max(1, rows//q.shape[2])
-        return self._take(next(choices)) if len(ranks) == 1 else _best_of(choices, self, q[:few], k[:few], local)
+        if len(ranks) == 1: return self._take(next(choices))
+        return _best_of(choices, self, q[:few], k[:few], v if v is None else v[:few], exact)
 
     def log_weight(self, x:Tensor, is_query:bool):
         names = ("mean_q", "mean_k", "Mq") if is_query else ("mean_k", "mean_q", "Mk")
