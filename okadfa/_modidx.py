@@ -1005,6 +1005,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'okadfa.models.block.Branch.reads': ('models/block.html#branch.reads', 'okadfa/models/block.py'),
                                      'okadfa.models.block.Mixer': ('models/block.html#mixer', 'okadfa/models/block.py'),
                                      'okadfa.models.block.MixerFields': ('models/block.html#mixerfields', 'okadfa/models/block.py'),
+                                     'okadfa.models.block._check_exact': ('models/block.html#_check_exact', 'okadfa/models/block.py'),
                                      'okadfa.models.block._favor': ('models/block.html#_favor', 'okadfa/models/block.py'),
                                      'okadfa.models.block._softmax': ('models/block.html#_softmax', 'okadfa/models/block.py'),
                                      'okadfa.models.block._spectral': ('models/block.html#_spectral', 'okadfa/models/block.py'),

@@ -328,3 +328,37 @@ def test_what_the_kernels_cannot_do_is_said(device):
     for bad in (dict(causal=False), dict(local=True)):
         with pytest.raises(NotImplementedError, match="causal=True, local=False"):
             favor_attention(*x, FavorFeatures(16).to(device), impl="triton", **bad)
+
+@pytest.mark.parametrize("n,exact", [(40, dict(window=5, sinks=2)), (70, dict(window=33)), (20, dict(sinks=3))])
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_far_part_beside_sinks_and_a_window(device, tune, n, exact, dtype, tol):
+    "The kernels' part of rows that other keys share in, and its way back"
+    from okadfa.attention.favor import FavorFeatures, favor_attention
+    tune(C=16, BM=32)
+    f, pad = FavorFeatures(16, 32).to(device), torch.arange(n, device=device)[None] % 7 == 3
+    x = [torch.randn(1, 2, n, 16, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    go = torch.randn(1, 2, n, 16, device=device)
+    def run(impl, *x):
+        out = favor_attention(*x, f, key_padding_mask=pad, impl=impl, **exact)
+        return out, *torch.autograd.grad(out, x, go.to(out.dtype))
+    ref = run("ref", *(y.detach().double().requires_grad_() for y in x))
+    for name, a, b in zip(("out", *"qkv"), ref, run("triton", *x)): assert_rel(name, a, b.double(), tol)
+
+def test_rows_that_the_kernels_lose_are_mended(device):
+    from okadfa.attention.favor import FavorFeatures, favor_attention
+    f = FavorFeatures(64).to(device)
+    q, k = (torch.nn.functional.normalize(torch.randn(1, 1, 20, 64, device=device), dim=-1)*300 for _ in range(2))
+    v, exact = torch.randn(1, 1, 20, 64, device=device), dict(window=3, sinks=1)
+    for how in (dict(), exact):
+        ref = favor_attention(q.double(), k.double(), v.double(), f, impl="ref", **how)
+        assert_rel("mended", ref, favor_attention(q, k, v, f, impl="triton", **how).double(), 2e-3)
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("d_v", [16, 32, 64, 128])
+@pytest.mark.parametrize("d,m", [(16, 64), (32, 64), (64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_width_of_tile(d, m, d_v, dtype):
+    "Widths that fill their tiles are loaded otherwise than those that do not"
+    torch.manual_seed(0)
+    check(problem("cuda", 130, d=d, d_v=d_v, m=m, dtype=dtype), 1e-2)

@@ -194,3 +194,15 @@ def test_what_does_not_fit_is_one_line():
         with pytest.raises(InputError, match=match): favor_attention(**(dict(q=q, k=k, v=v, features=f) | bad))
     with pytest.raises(InputError, match="padding on the left"):
         FavorState(f, local=True).prefill(q, k, v, torch.tensor([0, 3]))
+
+def test_a_model_with_window_and_sinks():
+    from okadfa.models.lm import LMConfig, LanguageModel
+    size = dict(vocab_size=50, d_model=16, n_layers=2, n_heads=2, max_len=64)
+    model = LanguageModel(LMConfig(**size, window=5, sinks=2)).eval()
+    ids = torch.randint(50, (2, 40))
+    assert [b.mixer.exact for b in model.blocks] == [dict(local=False, window=5, sinks=2)]*2
+    assert not torch.equal(model(ids), LanguageModel(LMConfig(**size)).eval()(ids))
+    ids2 = ids.clone(); ids2[:, 20:] = 3
+    assert torch.equal(model(ids)[:, :20], model(ids2)[:, :20])
+    for bad in (dict(window=-1), dict(window=3, local=True), dict(sinks=2, mixer="softmax")):
+        with pytest.raises(InputError): LMConfig(**size, **bad)

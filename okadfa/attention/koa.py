@@ -132,14 +132,13 @@ class KernelAttention(MultiHeadAttention):
         features:nn.Module|None=None, # feature map; default `FavorFeatures(d_head, m, seed=seed)`, shared by the heads
         seed:int=0,                   # of the random directions
         impl:str="auto",              # see `favor_attention`
-        local:bool=False,             # softmax's own weights inside chunks of 64 positions, see `favor_attention`
+        **exact,                      # keys with softmax's own weights: local, window, sinks, see `favor_attention`
     ):
         super().__init__(d_model, n_heads, positions)
         self.features = features if features is not None else FavorFeatures(self.d_head, m, seed=seed)
-        self.impl, self.local = impl, local
+        self.impl, self.exact = impl, exact
 
     def attend(self, q:Tensor, k:Tensor, v:Tensor, key_padding_mask:Tensor|None=None) -> Tensor:
-        options = dict(key_padding_mask=key_padding_mask, impl=self.impl, local=self.local)
-        return favor_attention(q, k, v, self.features, **options)
+        return favor_attention(q, k, v, self.features, key_padding_mask=key_padding_mask, impl=self.impl, **self.exact)
 
-    def make_state(self): return FavorState(self.features, self.local)
+    def make_state(self): return FavorState(self.features, **self.exact)

@@ -220,7 +220,7 @@ class ByKernels:
     @staticmethod
     def forward(q, k, v, phi, chunk) -> Far:
         out, t, L, top = kernels.far_forward(q, k, v, *phi[:4])
-        weak = (t > START/2) & ~(L - top > kernels.WEAK)
+        weak = (t > START/2) & ~((L - top > kernels.WEAK) & (L < torch.inf))
         return Far(out, (L + t).where(L < torch.inf, START), top + t, weak, (t,))
 
     @staticmethod

@@ -41,8 +41,13 @@ def _softmax(c, layer): return MultiHeadAttention(c.d_model, c.n_heads)
 
 def _favor(c, layer):
     features = model_features(c.features, c.d_model//c.n_heads, c.m, seed=c.seed*1000 + layer, heads=c.n_heads,
-                              local=c.local)
-    return KernelAttention(c.d_model, c.n_heads, features=features, local=c.local)
+                              local=bool(c.local or c.window or c.sinks))
+    exact = dict(local=c.local, window=c.window, sinks=c.sinks)
+    return KernelAttention(c.d_model, c.n_heads, features=features, **exact)
+
+def _check_exact(c):
+    if min(c.window, c.sinks) < 0: raise InputError(f"window and sinks are numbers of keys, got {c.window} and {c.sinks}")
+    if c.local and (c.window or c.sinks): raise InputError("give local, or window and sinks: not both")
 
 def _spectral(c, layer):
     seed = c.seed*1000 + layer
@@ -51,7 +56,7 @@ def _spectral(c, layer):
 
 MIXERS = Table("mixer",
     softmax=Mixer(_softmax, "softmax"),
-    favor=Mixer(_favor, "FAVOR+", reads=("m", "local", "features")),
+    favor=Mixer(_favor, "FAVOR+", reads=("m", "local", "window", "sinks", "features"), check=_check_exact),
     spectral=Mixer(_spectral, "spectral", reads=("enhancements", "gating")))
 
 # %% ../../nbs/models/50_block.ipynb #cbd4812b
@@ -62,6 +67,8 @@ class MixerFields(NamedTuple):
     max_len:int = 1024         # longest text (spectral)
     m:int|None = None          # random features a head, default 4*d_head (favor)
     local:bool = False         # softmax's own weights inside chunks of 64 positions (favor)
+    window:int = 0             # softmax's own weights for so many last keys (favor)
+    sinks:int = 0              # and so many first keys (favor)
     features:str = "favor+"    # feature map (favor)
     enhancements:str = ""      # see `EnhancedMixing` (spectral)
     gating:str = "double"      # see `SpectralMixing` (spectral)

@@ -49,6 +49,8 @@ class LMConfig:
     embed_std:float = option(0.02, "initial standard deviation of the embedding's entries", group=START)
     m:int|None = option(None, "random features a head, default 4 * d_model / n_heads", group=KERNEL)
     local:bool = option(False, "softmax's own weights inside chunks of 64 positions", group=KERNEL)
+    window:int = option(0, "softmax's own weights for so many last keys", group=KERNEL)
+    sinks:int = option(0, "and for so many first keys", group=KERNEL)
     features:str = option("favor+", "feature map", choices=MODEL_FEATURES, group=KERNEL)
     enhancements:str = option("", "joined by +", choices=ENHANCEMENTS, joined=True, group=SPECTRAL)
     gating:str = option("double", "gates", choices=GATINGS, group=SPECTRAL)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BP', 'FROZEN', 'IDENTITY', 'SPECTRAL', 'ARMS', 'SITES', 'EMBEDDINGS', 'NORMS', 'GRANULARITIES', 'DEPTHS', 'WIDTHS',
-           'PENALTIES', 'SWEEPS', 'DEFAULTS', 'QUICK', 'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds',
+           'PENALTIES', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER', 'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds',
            'estimators', 'mixers', 'enhancements', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run',
            'configs', 'make_run']
 
@@ -194,12 +194,15 @@ DEFAULTS = dict(n_layers=6, d_model=128, n_heads=4, max_len=128, embed_std=0.088
 QUICK = DEFAULTS | dict(n_layers=4, steps=150, warmup=50, diag_every=50, precision="bf16")
 
 # %% ../../nbs/run/71_sweeps.ipynb #ce64f979
+LATER = dict(window=0, sinks=0)     # fields that came after runs were finished: at these values nothing has changed
+
 def run_key(
     model:dict,       # every field of `LMConfig`
     training:dict,    # every field of `TrainConfig`
     data:dict,        # hashes of the text and of the tokenizer
 ) -> str:             # 16 hexadecimal digits
     "What makes a run this run; 1 and 1.0 are the same number"
+    model = {k: v for k, v in model.items() if k not in LATER or v != LATER[k]}
     plain = [{k: float(v) if type(v) is int else v for k, v in d.items()} for d in (model, training, data)]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
