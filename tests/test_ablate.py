@@ -1,6 +1,7 @@
 "The ablation runner: killed, shared, resumed, refused; and the arithmetic of its table"
-import contextlib, dataclasses, io, os, signal, subprocess, sys, time
+import contextlib, dataclasses, io, signal, time
 import pytest, torch
+import forked
 from okadfa.core import append_row
 from okadfa.models.lm import LanguageModel
 from okadfa.run.ablate import execute, finished, plan_sweeps, rows_by_key, run_plan
@@ -23,31 +24,29 @@ def text(tmp_path_factory):
     return d
 
 def command(text, where, *args):
-    env = os.environ | dict(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(where/"cache"), COLUMNS="200")
     places = ["--data", str(text), "--results", str(where/"results"), "--runs", str(where/"runs")]
-    return dict(args=[sys.executable, "-m", "okadfa.run.cli", "ablate", *args, *places], env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return forked.command(["ablate", *args, *places], dict(XDG_CACHE_HOME=str(where/"cache"), COLUMNS="200"))
 
 def keys(where): return [r["key"] for r in read_runs(where/"results")]
 
 def test_a_killed_sweep_continues_and_two_processes_share_one(text, tmp_path):
     args = "rules", "--only", "bp", "--only", "identity+1", "--seeds", "0,1", *flags(steps=60, diag_every=10)
-    victim = subprocess.Popen(**command(text, tmp_path, *args))
+    victim = command(text, tmp_path, *args)
     def checkpoint(): return list((tmp_path/"runs").glob("*/checkpoint")) if (tmp_path/"runs").is_dir() else []
     deadline = time.time() + 60
     while not checkpoint() and time.time() < deadline and victim.poll() is None: time.sleep(.02)
     victim.send_signal(signal.SIGKILL); victim.communicate()
     done = len(keys(tmp_path)) if (tmp_path/"results").is_dir() else 0
     assert done < 4 and checkpoint()                                     # it died in the middle of a run
-    both = [subprocess.Popen(**command(text, tmp_path, *args)) for _ in range(2)]
-    said = [p.communicate(timeout=120)[0] for p in both]
+    both = [command(text, tmp_path, *args) for _ in range(2)]
+    said = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert len(keys(tmp_path)) == len(set(keys(tmp_path))) == 4 and not list((tmp_path/"runs").iterdir())
     for r in read_runs(tmp_path/"results"):               # whole curves, also where a run was taken up again
         assert r["steps"] == 60 and r["loss"][-1][0] == 60
         assert [t for t, _ in r["alignment"]["block0"]] == list(range(0, 61, 10))
-    again = subprocess.run(**command(text, tmp_path, *args))
-    assert again.returncode == 0 and len(keys(tmp_path)) == 4 and "identity, 1 round" in again.stdout
+    again = command(text, tmp_path, *args)
+    assert again.wait() == 0 and len(keys(tmp_path)) == 4 and "identity, 1 round" in again.communicate()[0]
 
 def test_judged_on_the_test_split(text, tmp_path):
     "Another key, another number, and nothing chosen by it"
@@ -136,8 +135,8 @@ def test_refusals_write_nothing(text, tmp_path, args, word):
     assert not (tmp_path/"results").exists() and not (tmp_path/"runs").exists()
 
 def test_list_writes_nothing(text, tmp_path):
-    got = subprocess.run(**command(text, tmp_path, "arms", "--list", *flags()))
-    assert got.returncode == 0 and got.stdout.count("to do") == 18
+    got = command(text, tmp_path, "arms", "--list", *flags())
+    assert got.wait() == 0 and got.communicate()[0].count("to do") == 18
     assert not (tmp_path/"results").exists() and not (tmp_path/"runs").exists()
 
 # ---- arithmetic

@@ -2,6 +2,7 @@
 import os
 from dataclasses import dataclass
 import pytest, torch
+from forked import forked_workers    # noqa: F401
 from okadfa.bench import head, measure, memory, pipeline, spectral
 from okadfa.bench.head import HeadSettings
 from okadfa.bench.measure import (BENCHMARKS, Benchmark, check_not_empty, check_positive, cpu_threads, peak_growth,
@@ -124,7 +125,7 @@ def test_head(tmp_path, monkeypatch):
     assert not {"seconds", "ratio", "peak_bytes"} & rows[-1].keys()
     head.show_head(rows)
 
-def test_memory(tmp_path, capsys):
+def test_memory(tmp_path, capsys, forked_workers):
     small = StepSettings(n_layers=2, d=64, n=128, b=8, vocab=20, repeats=1, timeout=200)
     rows = run_benchmark("memory", small, tmp_path)
     assert [r["rule"] for r in rows] == ["bp", "bp", "dfa", "dfa", "dfa", "dfa"] and all(r["ok"] for r in rows)
@@ -139,7 +140,7 @@ def test_a_peak_too_small_to_be_seen_has_no_ratio():
     assert not any("ratio" in row for row in rows.values())
     assert rows["DFA hook"]["ratio_checkpointed"] == 2 and rows["wrong"] == dict(ok=False)
 
-def test_pipeline(tmp_path, capsys):
+def test_pipeline(tmp_path, capsys, forked_workers):
     small = PipelineSettings(microbatches=(2,), n_layers=3, d=16, n=9, b=4, vocab=20, repeats=2, timeout=200)
     rows = run_benchmark("pipeline", small, tmp_path)
     assert [r["variant"] for r in rows] == ["bp", "torch GPipe", "dfa"]

@@ -1,6 +1,7 @@
 "`okadfa benchmark attention`: rows, checks that find what is wrong, packages that are missing or look ahead, refusals"
 import math, sys, types
 import pytest, torch
+from forked import forked_workers    # noqa: F401
 from okadfa.attention.favor import FavorFeatures, FavorState, favor_attention
 from okadfa.core import InputError, read_rows
 from okadfa.bench import attention, rivals
@@ -72,7 +73,7 @@ def test_rows_of_times(capsys, tmp_path):
     for word in ("naive softmax", "FAVOR+ (ours), chunk", "training", "a token", "threads: 1"): assert word in out
     assert "check failed" not in out and "floor" not in out
 
-def test_rows_of_memory(capsys, tmp_path):
+def test_rows_of_memory(capsys, tmp_path, forked_workers):
     rows, out = measured(capsys, tmp_path, "--n", 512, "--heads", 4, "--variants", "sdpa,naive,favor",
                          "--what", "memory")
     peak = {r["variant"]: r["peak_bytes"] for r in rows}

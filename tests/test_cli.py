@@ -1,6 +1,7 @@
 "The command line: every mistake is one line and exit code 2 with nothing written; runs survive what happens to runs"
 import json, os, signal, subprocess, sys, time
 import pytest, torch, yaml
+import forked
 from okadfa.models.checkpoint import load_model, save_config, save_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run.cli import main
@@ -217,9 +218,7 @@ STEPS = 120
 
 def start(run, text, *extra):
     args = ["train", "--out", str(run), "--data", str(text), *TINY, "--steps", str(STEPS), "--diag-every", "20", *extra]
-    env = os.environ | dict(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(text/"cache"))
-    return subprocess.Popen([sys.executable, "-m", "okadfa.run.cli", *args], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return forked.command(args, dict(XDG_CACHE_HOME=str(text/"cache")))
 
 def wait_for_step(run, step, p, limit=90):
     end = time.time() + limit

@@ -2,6 +2,7 @@
 import itertools, time
 import pytest, torch
 import torch.distributed as dist
+from forked import forked_workers    # noqa: F401
 from torch import nn
 from okadfa.core import InputError, assert_rel
 from okadfa.dfa.feedback import FeedbackMatrices
@@ -184,7 +185,7 @@ def both_rules(stage, ids, targets, microbatches):
     return got
 
 @pytest.mark.parametrize("sizes,microbatches,recompute", [([3, 1], 2, False), ([1, 2, 1], 3, True)])
-def test_processes_give_the_gradients_of_one(sizes, microbatches, recompute):
+def test_processes_give_the_gradients_of_one(forked_workers, sizes, microbatches, recompute):
     m, (ids, targets) = model(), text(b=5)           # five sequences in two or three microbatches: unequal ones
     parts = model_stages(m, sizes, targets.numel(), recompute)
     results = run_processes(both_rules, [(part, ids, targets, microbatches) for part in parts], timeout=100)
@@ -226,7 +227,7 @@ def naps(stage, ids, targets):
         dist.barrier(); got[rule, m] = time.monotonic() - start
     return got
 
-def test_stages_overlap_as_the_model_says():
+def test_stages_overlap_as_the_model_says(forked_workers):
     B, (ids, targets) = FeedbackMatrices([1, 1], 1, kind="identity"), text(b=4)
     stages = [Stage([Nap()], B, stem=Lift()), Stage([Nap()], B, first=1, head=Gap())]
     for (rule, m), seconds in run_processes(naps, [(s, ids, targets) for s in stages], timeout=100)[0].items():

@@ -128,13 +128,13 @@ def test_nothing_in_the_package_names_them():
         code = path.read_text()
         assert not any(name in code for name in NAMES), path
 
-def test_without_the_plugin_a_checkpoint_of_it_is_refused_in_a_line(tmp_path, text, plugin, monkeypatch):
-    env = clean_env(ROOT) | dict(XDG_CACHE_HOME=str(tmp_path/"cache"))
-    okadfa, run = [sys.executable, "-m", "okadfa.run.cli"], tmp_path/"run"
+def test_without_the_plugin_a_checkpoint_of_it_is_refused_in_a_line(capsys, tmp_path, text, plugin):
+    env, run = clean_env(ROOT) | dict(XDG_CACHE_HOME=str(tmp_path/"cache")), tmp_path/"run"
     train = "train", "--plugin", plugin, "--data", text, "--out", run, *TINY, "--steps", "1", "--mixer", "zz-average"
-    made = subprocess.run([*okadfa, *train], env=env, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    r = subprocess.run([*okadfa, "evaluate", run], env=env, capture_output=True, text=True)
+    code, out, err = call(capsys, *train)
+    assert code == 0, err
+    evaluate = [sys.executable, "-m", "okadfa.run.cli", "evaluate", run]       # a process that knows no plug-in
+    r = subprocess.run(evaluate, env=env, capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "zz-average" in r.stderr, r.stderr
 
 @pytest.mark.parametrize("name, code, says", [

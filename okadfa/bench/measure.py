@@ -114,6 +114,11 @@ def peak_memory_bytes(
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _largest_resident()
 
 # %% ../../nbs/bench/80_measure.ipynb #c1c0661e
+def _glibc(name:str, *args:int) -> None:
+    "Call one of glibc's allocator settings, where the C library has it"
+    call = getattr(ctypes.CDLL(None), name, None)
+    if call is not None: call(*args)
+
 def reset_peak_memory(
     device:str|torch.device|None=None,   # None: CUDA where there is one, else the CPU
 ) -> bool:
@@ -123,16 +128,12 @@ def reset_peak_memory(
     if device.type == "cuda":
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
         return True
+    _glibc("malloc_trim", 0)
     try: Path("/proc/self/clear_refs").write_text("5")
     except OSError: return False
     return True
 
 # %% ../../nbs/bench/80_measure.ipynb #c1f17e92
-def _glibc(name:str, *args:int) -> None:
-    "Call one of glibc's allocator settings, where the C library has it"
-    call = getattr(ctypes.CDLL(None), name, None)
-    if call is not None: call(*args)
-
 def return_freed_blocks(
     least:int=2**18,     # bytes of a block
 ) -> None:
@@ -144,9 +145,7 @@ def return_freed_blocks(
 def _growth(fn:Callable, device:torch.device) -> tuple[int, bool]:
     "Bytes by which a call raised the peak above what was in use, and whether the mark could be set back before"
     on_gpu = device.type == "cuda"
-    gc.collect()
     if on_gpu: torch.cuda.synchronize(device)
-    else: _glibc("malloc_trim", 0)
     known, before = reset_peak_memory(device), peak_memory_bytes(device)
     fn()
     if on_gpu: torch.cuda.synchronize(device)
@@ -164,6 +163,7 @@ def peak_growth(
 def _child_peak(fn:Callable, pipe, warmup:bool) -> None:
     "What the forked child does: send bytes, or what went wrong"
     cpu = torch.device("cpu")
+    gc.freeze()   # the parent has just collected; to go through all its objects again takes longer than most calls
     try:
         torch.set_num_threads(1)   # the parent's pool of threads is gone; waiting for it would hang
         return_freed_blocks(2**18 if warmup else 2**20)

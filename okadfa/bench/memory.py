@@ -6,6 +6,7 @@
 __all__ = ['StepSettings', 'make_step', 'memory_variants', 'memory_rows', 'show_memory']
 
 # %% ../../nbs/bench/82_memory.ipynb #c92f77df
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch
@@ -126,6 +127,7 @@ def _measure_peaks(settings:StepSettings) -> list[dict]:
     for name, verdict in _verdicts(model, variants).items():
         facts = s.facts() | dict(feedback_bytes=nbytes, feedback_share=share)
         rows[name] = dict(kind="memory", variant=name, rule=variants[name][0]) | facts | verdict
+    gc.collect(); gc.freeze()      # each peak collects garbage: not all that was imported, again and again
     for name, row in rows.items():
         if not row["ok"]: continue
         row["peak_bytes"] = spread([peak_memory(variants[name][1], device, warmup=True) for _ in range(s.repeats)])

@@ -6,7 +6,7 @@
 __all__ = ['step_variants', 'PipelineSettings', 'pipeline_rows', 'show_pipeline']
 
 # %% ../../nbs/bench/83_pipeline.ipynb #cb751dd7
-import time
+import gc, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch
@@ -120,6 +120,7 @@ def _measure_peaks(stage, ids, targets, microbatches) -> dict:
     if ids.device.type == "cpu": return_freed_blocks()
     steps = {m: step_variants(stage, ids, targets, m) for m in microbatches}
     for step in steps[microbatches[0]].values(): step()
+    gc.collect(); gc.freeze()      # each peak collects garbage: not all that was imported, again and again
     def peaks(variants): return {name: peak_growth(step, ids.device) for name, step in variants.items()}
     return {m: peaks(variants) for m, variants in steps.items()}
 
@@ -205,7 +206,8 @@ def pipeline_rows(
     parts, ids, targets, truth = _cut_model(s)
     what = ids, targets, s.microbatches
     results = run_processes(_time_steps, [(part, *what, s.repeats, t) for part, t in zip(parts, truth)], **how)
-    peaks = run_processes(_measure_peaks, [(part, *what) for part in parts], **how)
+    right = any(not isinstance(e, str) for r in results for found in r.values() for e in found["errors"].values())
+    peaks = run_processes(_measure_peaks, [(part, *what) for part in parts], **how) if right else []
     facts = s.facts() | dict(stages=s.stages, sizes=s.stage_sizes(), where=s.device)
     for m in s.microbatches: yield from _rows_of(m, facts, results, peaks)
 
