@@ -82,7 +82,8 @@ class AttentionSettings:
     def names(self) -> list[str]:
         "Who takes part"
         if self.variants is not None: return list(dict.fromkeys(self.variants))
-        return [name for name, rival in RIVALS.items() if self.device == "cuda" or not rival.cuda_only]
+        def here(rival): return not rival.on_request and (self.device == "cuda" or not rival.cuda_only)
+        return [name for name, rival in RIVALS.items() if here(rival)]
 
     def row(self, what:str, variant:str, n:int, batch:int, check:tuple) -> dict:
         "A row before its measurement"

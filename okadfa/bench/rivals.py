@@ -10,6 +10,7 @@ __all__ = ['RIVALS', 'ATTENTION_NAMES', 'ATTENTION_TOLERANCE', 'LOOKS_AHEAD', 'n
 import contextlib, io, math, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,14 @@ def _all_sdpa(d, m, device, seed) -> dict[str,AttentionVariant]:
 
 def _naive(d, m, device, seed): return dict(naive=AttentionVariant(naive_softmax, naive_softmax))
 
-def _favor(d, m, device, seed):
-    features = FavorFeatures(d, m, seed=seed).to(device)
-    def run(q, k, v): return favor_attention(q, k, v, features)
-    def truth(q, k, v): return favor_attention_ref(q, k, v, features)
-    return dict(favor=AttentionVariant(run, truth, exact=True))
+def _ours(name, run=None, truth=None):
+    "FAVOR+ with options of `favor_attention` and of its definition"
+    def make(d, m, device, seed):
+        features = FavorFeatures(d, m, seed=seed).to(device)
+        fast, slow = (partial(f, features=features, **(how or {})) for f, how in
+                      ((favor_attention, run), (favor_attention_ref, truth or run)))
+        return {name: AttentionVariant(fast, slow, exact=True)}
+    return make
 
 # %% ../../nbs/bench/84_rivals.ipynb #c9e2ce4b
 def _performer(d, m, device, seed):
@@ -112,11 +116,14 @@ class Rival(NamedTuple):
     package:str=""       # that it needs
     install:str=""       # how to get it
     cuda_only:bool=False # runs nowhere else
+    on_request:bool=False# takes part only where its name is given
 
 RIVALS = Table("variant",
     sdpa=Rival("SDPA", _all_sdpa),
     naive=Rival("naive softmax", _naive),
-    favor=Rival("FAVOR+ (ours)", _favor, linear=True),
+    favor=Rival("FAVOR+ (ours)", _ours("favor"), linear=True),
+    chunks=Rival("FAVOR+, exact chunks of 64", _ours("chunks", dict(local=True), dict(local=64)), on_request=True),
+    window=Rival("FAVOR+, 4 sinks, window of 64", _ours("window", dict(window=64, sinks=4)), on_request=True),
     performer=Rival("performer-pytorch", _performer, package="performer_pytorch",
         install="pip install 'okadfa[bench]'"),
     fla=Rival("flash-linear-attention", _fla, linear=True, package="fla",
