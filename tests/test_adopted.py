@@ -2,7 +2,9 @@
 import pytest, torch
 from torch import nn
 from okadfa.core import InputError, assert_rel
+from okadfa.dfa.adopted import FEEDBACK_FILE, feedback_callback
 from okadfa.dfa.blocks import attention_in, find_stack
+from okadfa.dfa.diagnostics import compare_gradients, plot_alignment
 from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 
@@ -320,3 +322,127 @@ def test_what_cannot_be_hooked_is_said_in_one_line():
     with pytest.raises(InputError, match="a.layers and b.layers of ModuleDict are equally long"): DFAHook(two)
     with pytest.raises(InputError, match="how wide"): DFAHook([Layer()])
     with pytest.raises(InputError, match="unknown feedback|feedback"): DFAHook(make("gpt2"), "nonsense")
+
+# --- how much of the gradient survives ------------------------------------------------------------------------------
+
+def state_of(model):
+    "All that a comparison must leave alone"
+    return dict(modes=[m.training for m in model.modules()], flags=[p.requires_grad for p in model.parameters()],
+                grads=[None if p.grad is None else p.grad.clone() for p in model.parameters()],
+                weights=[x.clone() for x in model.state_dict().values()], rng=torch.get_rng_state(),
+                hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()])
+
+def unchanged(a, b):
+    for name, x in a.items():
+        for y, z in zip(x, b[name], strict=True):
+            assert torch.equal(y, z) if isinstance(y, torch.Tensor) else y == z, name
+
+@FAMILY
+def test_compare_gradients_says_what_two_backward_passes_say(kind):
+    model, inputs = make(kind), batch(kind)
+    name = FAMILIES[kind][0]
+    bp, dfa = backward(model, inputs), by_hand(model, name, inputs)
+    model.train()
+    find_stack(model).blocks[1].eval()                                   # every module has its own mode
+    find_stack(model).blocks[2].requires_grad_(False)
+    before = state_of(model)
+    found = compare_gradients(model, inputs)
+    unchanged(before, state_of(model))
+    assert {f"block{l}" for l in (0, 1, 3)} | {"embed", "head", "all"} <= set(found) and "block2" not in found
+    for l in (0, 1, 3):
+        names = [n for n, _ in model.get_submodule(f"{name}.{l}").named_parameters()]
+        a, b = (torch.cat([g[f"{name}.{l}.{n}"].flatten() for n in names if f"{name}.{l}.{n}" in g]) for g in (bp, dfa))
+        row = found[f"block{l}"]
+        assert row["cosine"] == pytest.approx(torch.cosine_similarity(a, b, 0).item(), abs=1e-6)
+        assert row["error"] == pytest.approx(((a - b).norm()/a.norm()).item()**2, rel=1e-5, abs=1e-10)
+    both = [torch.cat([g[n].flatten() for n, p in model.named_parameters() if p.requires_grad and n in g])
+            for g in (bp, dfa)]
+    assert found["all"]["cosine"] == pytest.approx(torch.cosine_similarity(*both, 0).item(), abs=1e-6)
+    assert found["all"]["norm"] == pytest.approx(both[1].norm().item(), rel=1e-6)
+    assert found["block3"]["error"] < 1e-10 < found["block0"]["error"]
+
+def test_rounds_bring_the_gradient_back():
+    model, inputs = make("qwen3"), batch()
+    found = {r: compare_gradients(model, inputs, rounds=r) for r in (0, 1, 3)}
+    assert found[3]["all"]["error"] < 1e-12 < found[1]["all"]["error"]
+    assert found[0]["block0"]["cosine"] != found[1]["block0"]["cosine"]
+    assert compare_gradients(model, inputs, half_round=True)["block0"]["error"] > 1e-9
+    fig = plot_alignment({f"{r} rounds": rows for r, rows in found.items()}, "Qwen3")
+    lines = fig.axes[0].get_lines()
+    assert list(lines[0].get_xdata()) == [1, 2, 3, 4]
+    assert lines[0].get_ydata()[0] == found[0]["block0"]["cosine"]
+
+def test_feedback_does_not_learn_from_being_compared():
+    model, inputs = make("gpt2"), batch()
+    hook = DFAHook(model, "calibrated")
+    hook.feedback.double()
+    compare_gradients(model, inputs, feedback=hook.feedback)
+    assert hook.feedback.passes == 0 and hook.feedback.training and torch.equal(hook.feedback.matrix(0), torch.eye(WIDTH))
+
+def test_what_cannot_be_compared_is_said_in_one_line():
+    model, inputs = make("gpt2"), batch()
+    with pytest.raises(InputError, match="no labels"): compare_gradients(model, dict(input_ids=inputs["input_ids"]))
+    with pytest.raises(InputError, match="no labels"): compare_gradients(model, inputs["input_ids"])
+    with DFAHook(model), pytest.raises(InputError, match="detach"): compare_gradients(model, inputs)
+    with torch.no_grad(): assert compare_gradients(model, inputs)["block3"]["cosine"] > .999
+
+# --- Trainer, adapters ----------------------------------------------------------------------------------------------
+
+def train(folder, kind="calibrated", steps=6, resume=None, **options):
+    "A model, its hook, and what a few steps of `Trainer` made of them"
+    data = [dict(input_ids=row, labels=row) for row in batch(b=12, pad=False)["input_ids"]]
+    model = make("llama").float()
+    hook = DFAHook(model, kind)
+    hook.feedback.refresh = 2
+    options = transformers.TrainingArguments(
+        str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", max_grad_norm=0., **options)
+    trainer = transformers.Trainer(model, options, train_dataset=data, callbacks=[feedback_callback(hook)])
+    trainer.train(resume_from_checkpoint=resume)
+    return model, hook
+
+def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path):
+    whole, hook = train(tmp_path/"a")
+    train(tmp_path/"b", steps=3)
+    assert (tmp_path/"b/checkpoint-3"/FEEDBACK_FILE).is_file() and not list(tmp_path.rglob("*.part"))
+    resumed, again = train(tmp_path/"b", resume=str(tmp_path/"b/checkpoint-3"))
+    for l in range(4): assert torch.equal(hook.feedback.matrix(l), again.feedback.matrix(l))
+    for (n, p), q in zip(whole.named_parameters(), resumed.named_parameters()): assert torch.equal(p, q[1]), n
+    from safetensors.torch import load_file
+    early = load_file(tmp_path/"a/checkpoint-3"/FEEDBACK_FILE)
+    assert (early["b0"] - hook.feedback.matrix(0)).norm() > 1e-3          # it went on learning: reading it matters
+    (tmp_path/"b/checkpoint-3"/FEEDBACK_FILE).unlink()
+    with pytest.raises(InputError, match="is missing"): train(tmp_path/"b", resume=str(tmp_path/"b/checkpoint-3"))
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_trainer_steps_are_those_of_a_loop_by_hand(tmp_path):
+    "With accumulation and recomputation: plain SGD, so that weights show gradients"
+    model, hook = train(tmp_path, "identity", 2, optim="sgd", gradient_accumulation_steps=2, gradient_checkpointing=True,
+                        gradient_checkpointing_kwargs=dict(use_reentrant=False), train_sampling_strategy="sequential")
+    assert not hook._handles and not list(tmp_path.rglob(FEEDBACK_FILE))
+    want, data = make("llama").float().train(), batch(b=12, pad=False)
+    for step in range(2):
+        rows = slice(4*step, 4*step + 4)
+        g = by_hand(want, "model.layers", {k: v[rows] for k, v in data.items()})
+        with torch.no_grad():
+            for n, p in want.named_parameters(): p.sub_(1e-2*g[n])
+    for (n, p), q in zip(want.named_parameters(), model.parameters()): assert_rel(n, p, q, 1e-5)
+
+def test_adapters():
+    peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
+    inputs, torch_seed = batch(), torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("llama"), config).double().eval()
+    name = "base_model.model.model.layers"
+    assert find_stack(model).name == name
+    want = by_hand(model, name, inputs)
+    with DFAHook(model): got = backward(model, inputs)
+    assert torch_seed is not None and len(got) == 4*3*2 and all("lora" in n for n in got)
+    assert_same(want, got)
+    bp = backward(model, inputs)
+    with DFAHook(model, rounds=3): assert_same(bp, backward(model, inputs))
+    found = compare_gradients(model, inputs, half_round=True)
+    assert set(found) == {"block0", "block1", "block2", "block3", "all"} and found["block0"]["cosine"] < .999
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model.train()
+    with DFAHook(model): assert backward(model, inputs).keys() == want.keys()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORM', 'unwrapped', 'outermost_lists', 'Stack', 'stream_width', 'norm_behind', 'find_stack', 'first_name',
-           'hidden_of', 'on_input', 'on_output', 'adds_to', 'Gate', 'stand_still', 'attention_in']
+           'hidden_of', 'on_input', 'on_output', 'is_hooked', 'adds_to', 'Gate', 'stand_still', 'attention_in']
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260004
 import inspect, re
@@ -131,6 +131,13 @@ def refuse_hooks_inside(block:nn.Module) -> None:
     if getattr(block, "gradient_checkpointing", False) and type(block).__call__ is not nn.Module.__call__:
         raise InputError("this version of transformers runs hooks inside gradient checkpointing: "
                          "pip install -U transformers, or model.gradient_checkpointing_disable()")
+
+# %% ../../nbs/dfa/26_blocks.ipynb #cb26001c
+def is_hooked(
+    block:nn.Module,     # of a model
+) -> bool:
+    "Whether `on_input` stands in front of a block, as it does inside a `DFAHook`"
+    return any(getattr(hook, "__qualname__", "").startswith("on_input.") for hook in block._forward_pre_hooks.values())
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260021
 FORM = ("Add", "View", "UnsafeView", "Alias", "Clone", "ToCopy", "BackwardHookFunction", "_LetterBox", "_Still")
