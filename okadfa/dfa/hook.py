@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ERROR_NORMS', 'EMBEDDING_CREDITS', 'SITES', 'cut', 'letter_box', 'broadcast', 'root_mean_square', 'rescale',
            'true_errors', 'refine', 'half_round', 'Choices', 'opener', 'block_errors', 'CutPass', 'close_pass',
-           'leave_open', 'on_input', 'on_output', 'CutStack', 'DFAHook']
+           'leave_open', 'CutStack', 'resolve', 'DFAHook']
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0000003
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import InputError
+from .blocks import Gate, adds_to, attention_in, find_stack, on_input, on_output, refuse_hooks_inside, stand_still
+from .feedback import FeedbackMatrices
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0c68e95
 def _drop_grad(x): x.grad = None
@@ -162,7 +164,7 @@ class Choices(NamedTuple):
     @property
     def keeps_graphs(self) -> bool:
         "Rounds and calibration run backward through single blocks: inputs and outputs are kept for them"
-        return bool(self.rounds) or self.feedback.learns == "errors"
+        return bool(self.rounds) or self.half_round or self.feedback.learns == "errors"
 
     @property
     def sends_errors(self) -> bool:
@@ -185,7 +187,7 @@ def _check_together(asked:Choices, inner:int, halves:int) -> None:
     if inner != (0 if asked.inner_feedback is None else len(asked.inner_feedback)):
         raise InputError(f"{inner} inner modules need as many matrices in inner_feedback")
     hidden = asked.site == "hidden"
-    if halves and (halves != asked.n_blocks or asked.feedback.stores or inner or not hidden):
+    if asked.half_round and (halves not in (0, asked.n_blocks) or asked.feedback.stores or inner or not hidden):
         raise InputError("half a round needs one branch a block, identity feedback, site='hidden' and no inner modules")
     if not hidden and (asked.rounds or inner or asked.feedback.learns):
         raise InputError("rounds, inner modules and feedback that learns need site='hidden'")
@@ -212,9 +214,11 @@ def block_errors(
     inputs:list[Tensor],       # of the blocks, where rounds need them
     outputs:list[Tensor],      # of the blocks, where rounds need them
     branches:list,             # (input, output) of one branch of each block, for half a round
+    gate:Gate,                 # on attention, for half a round through blocks as they are
 ) -> list[Tensor]:             # one for each block [b n d]
     "The errors of all blocks at once: a first guess, and the rounds"
-    if branches: guess = half_round(delta, branches)
+    if asked.half_round:
+        with gate: guess = half_round(delta, branches or list(zip(inputs, outputs)))
     else: guess = [asked.feedback.local_error(l, delta) for l in range(asked.n_blocks)]
     return refine(delta, guess, inputs, outputs, asked.rounds, asked.damping)
 
@@ -223,7 +227,7 @@ class CutPass:
     "One forward pass through blocks that are cut apart"
     def __init__(self, asked:Choices):
         self.asked, self.done = asked, 0                     # blocks that have run
-        self.inputs, self.outputs, self.branches = [], [], []
+        self.inputs, self.outputs, self.branches, self.gate = [], [], [], Gate()
         self.boxes = []                                      # (letter box, its layer, or None inside a block)
 
     def enter(self, l:int, x:Tensor) -> Tensor:
@@ -239,6 +243,17 @@ class CutPass:
         self.boxes.append((letter_box(x, opener(self.asked, inner, i, x, False), inner.output_dim), None))
         return x.detach()
 
+    def branch(self, x:Tensor, out:Tensor) -> None:
+        "One residual branch of a block has run"
+        if not adds_to(out, x):
+            raise InputError("half a round needs branches x + f(x), norm included, and one of `halves` hands on "
+                             "something else: pass half_round=True instead, which needs no branches")
+        self.branches.append((x, out))
+
+    def attention(self, x:Tensor, out:Tensor) -> Tensor:
+        "Attention has run: half a round makes it stand still"
+        return stand_still(self.gate, out, self.inputs[-1])
+
     def post(self, l:int, out:Tensor) -> None:
         "Put a letter box on the output of block `l`, and gather it"
         feedback, finished = self.asked.feedback, self.asked.sends_errors
@@ -250,7 +265,10 @@ class CutPass:
         if self.done != l: raise RuntimeError(f"block {l} ran out of order: DFAHook needs each block once, in order")
         self.done += 1
         self.post(l, out)
-        if self.asked.keeps_graphs: self.outputs.append(out)
+        if not self.asked.keeps_graphs: return
+        self.outputs.append(out)
+        if self.asked.half_round and not self.branches and not adds_to(out, self.inputs[l]):
+            raise InputError(f"half a round needs blocks that hand on x + f(x), and block {l} does not")
 
 # %% ../../nbs/dfa/21_hook.ipynb #c379bc16
 def close_pass(
@@ -258,13 +276,13 @@ def close_pass(
     x:Tensor,          # the tensor whose gradient is the error delta [b n d_final]
 ) -> Tensor:           # x; its backward sends every block its error
     "Broadcast from `x` to everything that was gathered"
-    asked, inputs, outputs, branches = done.asked, done.inputs, done.outputs, done.branches
+    asked, inputs, outputs, branches, gate = done.asked, done.inputs, done.outputs, done.branches, done.gate
     boxes, layers = zip(*done.boxes)
     norm = "none" if asked.site == "caller" else asked.error_norm      # there `_SizeOfTop` sees to it
     def letters(delta):
         if asked.feedback.begin(): asked.feedback.observe(delta, true_errors(delta, inputs, outputs))
         if not asked.sends_errors: return [delta]*len(boxes)
-        errors = block_errors(delta, asked, inputs, outputs, branches)
+        errors = block_errors(delta, asked, inputs, outputs, branches, gate)
         return [delta if l is None else rescale(errors[l], norm, delta) for l in layers]
     return broadcast(x, boxes, letters, through=asked.site == "caller")
 
@@ -280,31 +298,19 @@ def leave_open(
     done.boxes = list(zip(boxes, layers))
     return top
 
-# %% ../../nbs/dfa/21_hook.ipynb #c1d0253e
-def _outside(module:nn.Module, hook:Callable) -> Callable:
-    return torch.compiler.disable(hook) if getattr(module, "_compiled_call_impl", None) else hook
-
-def on_input(module:nn.Module, change:Callable):
-    "Replace a module's first input `x` by `change(x)`. Returns the handle that ends it"
-    def hook(_, args): return (change(args[0]), *args[1:]) if torch.is_grad_enabled() else None
-    return module.register_forward_pre_hook(_outside(module, hook))
-
-def on_output(module:nn.Module, change:Callable):
-    "Replace a module's output by `change(x, out)`, unless that is None. Returns the handle that ends it"
-    def hook(_, args, out): return change(args[0], out) if torch.is_grad_enabled() else None
-    return module.register_forward_hook(_outside(module, hook))
-
 # %% ../../nbs/dfa/21_hook.ipynb #c5c7bda6
 class CutStack:
     "Context manager in which blocks run cut apart"
-    def __init__(self, blocks:list[list], inner:list, halves:list, asked:Choices):
-        self.blocks, self.inner, self.halves, self.asked = blocks, inner, halves, asked
+    def __init__(self, blocks:list[list], inner:list, halves:list, still:list, asked:Choices):
+        self.blocks, self.inner, self.halves, self.still, self.asked = blocks, inner, halves, still, asked
         self._handles, self._pass = [], CutPass(asked)
 
     def __enter__(self):
         if self._handles: raise RuntimeError("this DFAHook is already active")
+        for block in self.blocks: refuse_hooks_inside(block[0])
         # first, since the output that the last block hands on is the broadcast one
-        self._handles = [on_output(m, lambda x, out: self._pass.branches.append((x, out))) for m in self.halves]
+        self._handles = [on_output(m, lambda x, out: self._pass.branch(x, out)) for m in self.halves]
+        self._handles += [on_output(m, lambda x, out: self._pass.attention(x, out)) for m in self.still]
         for l, block in enumerate(self.blocks):
             self._handles.append(on_input(block[0], partial(self._enter, l)))
             self._handles.append(on_output(block[-1], partial(self._leave, l)))
@@ -314,6 +320,11 @@ class CutStack:
     def __exit__(self, *exc):
         for h in self._handles: h.remove()
         self._handles, self._pass = [], CutPass(self.asked)
+
+    attach, detach = __enter__, __exit__                     # for training that no `with` can stand around
+
+    @property
+    def feedback(self) -> nn.Module: return self.asked.feedback
 
     def _enter(self, l, x):
         if l == 0: self._pass = CutPass(self.asked)          # a new pass, also after one that died half-way
@@ -329,16 +340,35 @@ class CutStack:
         done, self._pass = self._pass, CutPass(self.asked)
         return close_pass(done, x)
 
+# %% ../../nbs/dfa/21_hook.ipynb #c2f81a02
+def resolve(
+    blocks,          # a model, or modules in running order; a list among them is one
+    feedback,        # `FeedbackMatrices`, or for a model the name of a kind
+) -> tuple:          # a list of lists of modules; `FeedbackMatrices`
+    "What a hook is to cut, and by which matrices. Raises `InputError` where that is not clear"
+    width = None
+    if isinstance(blocks, nn.Module) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        stack = find_stack(blocks)
+        device = next((p.device for p in blocks.parameters()), None)
+        blocks, width = stack.blocks, stack.width
+    blocks = [list(b) if isinstance(b, (list, tuple)) else [b] for b in blocks]
+    if isinstance(feedback, str):
+        if width is None:
+            raise InputError(f"how wide are the {len(blocks)} blocks? pass FeedbackMatrices([width]*{len(blocks)}, "
+                             f"width, kind={feedback!r}) instead of {feedback!r}")
+        feedback = FeedbackMatrices([width]*len(blocks), width, kind=feedback).to(device)
+    return blocks, feedback
+
 # %% ../../nbs/dfa/21_hook.ipynb #c000000e
 class DFAHook(CutStack):
-    """Direct feedback alignment for a stack of blocks, as a context manager around the forward pass.
+    """Direct feedback alignment for a model or a stack of blocks, as a context manager around the forward pass.
 
     Inside, `loss.backward()` gives block l the error `feedback.local_error(l, delta)` at its output, and nothing else
     crosses a block boundary. Forward values do not change. Without gradients (evaluation) it does nothing. The backward
     pass may run after the context has closed. Raises InputError for choices that do not fit one another."""
     def __init__(self,
-        blocks,                     # modules in the order in which they run; a list among them is cut as one
-        feedback,                   # `FeedbackMatrices`, one matrix a block
+        blocks,                     # a model (see `find_stack`), or modules in running order; a list of them is one
+        feedback="identity",        # `FeedbackMatrices`, one matrix a block; for a model the name of a kind will do
         *,
         embedding:str="block",      # credit of what lies below: "block" | "direct" | "none"
         site:str="hidden",          # "hidden": at the last block's output; "caller": where `broadcast` is called
@@ -347,15 +377,17 @@ class DFAHook(CutStack):
         error_norm:str="none",      # "none" | "batch" | "token": size of the errors, see `rescale`
         inner=(),                   # modules inside blocks whose *input* is cut too, e.g. the second map of each MLP
         inner_feedback=None,        # `FeedbackMatrices` for those inputs
-        halves=(),                  # branches, one inside each block, that make the first guess: see `half_round`
+        half_round:bool=False,      # the first guess goes through every block, its attention standing still
+        halves=(),                  # the same by one residual branch x + f(x) inside each block, see `half_round`
     ):
-        blocks = [list(b) if isinstance(b, (list, tuple)) else [b] for b in blocks]
+        blocks, feedback = resolve(blocks, feedback)
+        still = [m for b in sum(blocks, []) for m in attention_in(b)] if half_round and not halves else []
         inner, halves = list(inner), list(halves)
         asked = Choices(feedback, len(blocks), embedding, site, rounds, damping, error_norm,
-                        inner_feedback, bool(halves))
+                        inner_feedback, bool(halves or still))
         _check_words(asked)
         _check_together(asked, len(inner), len(halves))
-        super().__init__(blocks, inner, halves, asked)
+        super().__init__(blocks, inner, halves, still, asked)
 
     @property
     def waiting(self) -> bool:

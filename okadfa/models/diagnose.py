@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
-from ..dfa.diagnostics import attention_similarity, compare_gradients, orthogonality_violation
+from ..dfa.diagnostics import as_it_was, attention_similarity, compare_losses, orthogonality_violation
 from .lm import LanguageModel
 
 # %% ../../nbs/models/53_diagnose.ipynb #c438ad61
@@ -97,12 +97,11 @@ def diagnose(
     """All diagnostics of a model on one batch: grad (by group), error (by block: norm, norm_ref and cosine of the error
     that arrives at its output), stream (norm before the first block and after each), attn_sim (by layer), violation
     (by head)"""
-    training, got, ref = model.training, {}, {}
-    model.eval()
-    with at_blocks(model, note_errors(got)): loss = model.loss(ids, targets)
-    with at_blocks(model, note_errors(ref)): reference = model.loss(ids, targets, credit="bp")
-    grad = compare_gradients(loss, reference, gradient_groups(model))        # runs both backward passes
-    out = dict(grad=grad, error=compare_errors(got, ref), stream=stream_norms(model, ids),
-               attn_sim=attention_similarities(model, ids), violation=orthogonality_violation(model.attention_layers()))
-    model.train(training)
-    return out
+    got, ref = {}, {}
+    with as_it_was(model):
+        with at_blocks(model, note_errors(got)): loss = model.loss(ids, targets)
+        with at_blocks(model, note_errors(ref)): reference = model.loss(ids, targets, credit="bp")
+        grad = compare_losses(loss, reference, gradient_groups(model))       # runs both backward passes
+        return dict(grad=grad, error=compare_errors(got, ref), stream=stream_norms(model, ids),
+                    attn_sim=attention_similarities(model, ids),
+                    violation=orthogonality_violation(model.attention_layers()))
