@@ -10,7 +10,7 @@ from okadfa.models.hub import KernelCache, KernelHeads, NoFeatures, heads_of, re
 from okadfa.models.linearize import linearize, load_linearized
 from test_adopted import FAMILIES, WORDS, make
 
-REFUSED = "bloom", "t5"                    # they add biases to their logits
+REFUSED = "bloom", "t5", "falcon"          # they do not look attention up by name; two add biases to their logits
 REPLACED = [kind for kind in FAMILIES if kind not in REFUSED]
 
 def text(b=2, n=40, seed=0): return torch.randint(3, WORDS, (b, n), generator=torch.Generator().manual_seed(seed))
@@ -20,29 +20,31 @@ def extra(kind, ids): return dict(decoder_input_ids=ids) if kind == "t5" else {}
 def logits(model, ids, kind="", **kw):
     with torch.no_grad(): return model(ids, use_cache=False, **extra(kind, ids), **kw).logits
 
+FULL = dict(mistral=dict(sliding_window=None), gemma3_text=dict(layer_types=["sliding_attention", "full_attention"]*2))
+
 def linear(kind, estimator="derf", **kw):
     how = dict(m=16, window=5, sinks=2, length=40, progress=False)
-    return linearize(make(kind), text(6, seed=1), estimator, **how | kw)
+    return linearize(make(kind, **FULL.get(kind, {})), text(6, seed=1), estimator, **how | kw)
 
 def attention_layers(model): return [m for m in model.modules() if heads_of(m) is not None]
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_layer_kept_is_the_model(kind):
     ids = text()
-    before = logits(make(kind), ids, kind)
+    before = logits(make(kind, **FULL.get(kind, {})), ids, kind)
     assert torch.equal(before, logits(linear(kind, keep="all"), ids, kind))
     if kind in REFUSED: return
     model = linear(kind, keep=range(4))
     assert not attention_layers(model) and model.config._attn_implementation == "okadfa"
     assert_rel("kept one by one", before, logits(model, ids, kind), 1e-12)
     seen = torch.ones_like(ids); seen[1, :6] = 0
-    want, got = (logits(m, ids, attention_mask=seen) for m in (make(kind), model))
+    want, got = (logits(m, ids, attention_mask=seen) for m in (make(kind, **FULL.get(kind, {})), model))
     assert_rel("padded", want[seen.bool()], got[seen.bool()], 1e-12)
 
 @pytest.mark.parametrize("kind", REPLACED)
 def test_the_past_does_not_move(kind):
     model, ids = linear(kind), text()
-    assert attention_layers(model) or kind == "mistral"                    # whose layers all have a sliding window
+    assert len(attention_layers(model)) == (2 if kind == "gemma3_text" else 4)
     before = logits(model, ids)
     for t in (1, 20, 39):
         edited = ids.clone(); edited[:, t:] = (edited[:, t:] + 7) % WORDS
@@ -66,7 +68,6 @@ def test_padding_is_as_if_alone(kind, left):
 @pytest.mark.parametrize("kind", REPLACED)
 def test_generation_with_states_is_generation_with_all_keys(kind):
     model = linear(kind)
-    if not attention_layers(model): return
     ids, seen = text(2, 20), torch.ones(2, 20, dtype=torch.long)
     seen[1, :7] = 0
     how = dict(attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None)
@@ -75,6 +76,12 @@ def test_generation_with_states_is_generation_with_all_keys(kind):
             kept = model.generate(ids, num_beams=beams, **how)
             mine = model.generate(ids, num_beams=beams, past_key_values=KernelCache(model), **how)
         assert torch.equal(kept, mine)
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_layers_with_a_window_of_their_own_are_left_alone(kind):
+    model, ids = linearize(make(kind), text(6), progress=False), text()
+    assert not attention_layers(model)
+    assert_rel("as it was", logits(make(kind), ids), logits(model, ids), 1e-12)
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_that_cannot_be_replaced_say_so(kind):
@@ -118,7 +125,7 @@ def test_output_error_chooses_and_features_help():
 def test_an_estimator_in_another_scale_is_refused():
     with pytest.raises(InputError, match="scale"): llama(estimator="trig")
 
-@pytest.mark.parametrize("wrong", [dict(keep=[4]), dict(keep=[-5]), dict(length=500), dict(estimator="nobody")])
+@pytest.mark.parametrize("wrong", [dict(keep=[4]), dict(keep=[-5]), dict(estimator="nobody")])
 def test_what_does_not_fit_leaves_the_model_as_it_was(wrong):
     model, ids = make("llama"), text()
     before, name = logits(model, ids), model.config._attn_implementation

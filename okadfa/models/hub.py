@@ -91,7 +91,7 @@ class NoFeatures(ExponentialFeatures):
         return x.new_zeros(x.shape[:-1]) if is_query else x.new_full(x.shape[:-1], NEVER)
 
 # %% ../../nbs/models/45_hub.ipynb #cf00000e
-recording = []      # functions (module, q, k, v, scale) that are shown every call
+recording = []      # functions (module, q, k, v, scale, sliding window) that are shown every call
 
 def heads_of(module:nn.Module) -> KernelHeads|None:
     "What stands in for softmax in an attention layer"
@@ -121,7 +121,7 @@ def kernel_attention(
     **kwargs,                # what other implementations want
 ) -> tuple[Tensor, None]:    # [b n h d_v]
     "The attention of 'okadfa', as `transformers` calls it"
-    for look in recording: look(module, query, key, value, scaling)
+    for look in recording: look(module, query, key, value, scaling, sliding_window)
     heads, cached = heads_of(module), getattr(key, "okadfa_layer", None)
     if heads is None:
         return _softmax(module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, kwargs)

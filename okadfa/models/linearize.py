@@ -35,7 +35,7 @@ def ask_by_name(
 # %% ../../nbs/models/46_linearize.ipynb #c9000009
 @contextmanager
 def shown(look):
-    "Inside, `look(module, q, k, v, scale)` is called for every attention"
+    "Inside, `look(module, q, k, v, scale, sliding_window)` is called for every attention"
     hub.recording.append(look)
     try: yield
     finally: hub.recording.remove(look)
@@ -44,11 +44,13 @@ def shown(look):
 def record_heads(
     model:nn.Module,          # that asks by name
     batches:Iterable[Tensor], # token ids [b n], all of one n
+    slides:set|None=None,     # gets the layers that have a sliding window of their own
 ) -> dict:                    # attention layer -> (q [b h n d], k [b h_k n d], v [b h_k n d_v], scale), float32 on the CPU
     "What each causal attention layer is called with, in the order of the layers"
     found = {}
-    def look(module, q, k, v, scale):
+    def look(module, q, k, v, scale, window):
         if not getattr(module, "is_causal", True): return
+        if window is not None and slides is not None: slides.add(module)
         found.setdefault(module, ([], scale))[0].append([x.detach().float().cpu() for x in (q, k, v)])
     was = model.training
     model.eval()
@@ -122,8 +124,9 @@ def linearize(
     if keep == "all": return model
     ask_by_name(model)
     try:
-        layers = record_heads(model, windows_of(texts, tokenizer, tokens, length))
-        chosen = _chosen(layers, keep)
+        slides = set()
+        layers = record_heads(model, windows_of(texts, tokenizer, tokens, length), slides)
+        chosen = _chosen(layers, keep, slides)
         how = dict(estimator=estimator, m=m, window=window, sinks=sinks, steps=steps)
         new = [fit_heads(*layers[module], seed=seed + l, **how) for l, module in _bar(chosen, progress)]
     except BaseException: model.set_attn_implementation(before); raise
@@ -132,13 +135,12 @@ def linearize(
     return model
 
 # %% ../../nbs/models/46_linearize.ipynb #c900000f
-def _chosen(layers, keep):
+def _chosen(layers, keep, slides):
     "Number and module of the layers that are replaced"
     wrong = [l for l in keep if l not in range(-len(layers), len(layers))]
     if wrong: raise InputError(f"keep names layer {wrong[0]}, the model's attention layers are 0 to {len(layers) - 1}")
     kept = {l % len(layers) for l in keep}
-    slides = lambda module: getattr(module, "sliding_window", None) is not None
-    return [(l, module) for l, module in enumerate(layers) if l not in kept and not slides(module)]
+    return [(l, module) for l, module in enumerate(layers) if l not in kept and module not in slides]
 
 def _bar(items, progress):
     from rich.progress import track
