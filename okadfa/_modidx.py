@@ -973,6 +973,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'okadfa.kernels.favor._tables': ('kernels/favor.html#_tables', 'okadfa/kernels/favor.py'),
                                       'okadfa.kernels.favor._tiles': ('kernels/favor.html#_tiles', 'okadfa/kernels/favor.py'),
                                       'okadfa.kernels.favor._up': ('kernels/favor.html#_up', 'okadfa/kernels/favor.py'),
+                                      'okadfa.kernels.favor._widened': ('kernels/favor.html#_widened', 'okadfa/kernels/favor.py'),
                                       'okadfa.kernels.favor.exp_attention_ref': ( 'kernels/favor.html#exp_attention_ref',
                                                                                   'okadfa/kernels/favor.py'),
                                       'okadfa.kernels.favor.exp_attention_triton': ( 'kernels/favor.html#exp_attention_triton',

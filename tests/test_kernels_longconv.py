@@ -48,8 +48,8 @@ def test_the_tiles_as_they_are(device): check(problem(device, 1, 70, 2, 33), 2e-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(device, small, dtype):
     """Within what rounding to the nearest number costs; cutting bits off costs twice that. The tensor cores round the
-    taps to tf32, which has as many bits as float16"""
-    share = .35 if device == "cpu" or dtype == torch.bfloat16 else .45
+    factors to tf32, which has as many bits as float16: there an error of that size is added (.40 and .80 on an H200)"""
+    share = .35 if device == "cpu" or dtype == torch.bfloat16 else .9
     check(problem(device, 2, 50, 2, 20, dtype=dtype), share*torch.finfo(dtype).eps)
 
 def test_taps_in_half_precision(device, small):

@@ -45,8 +45,8 @@ def byte_embed_ref(
     "The definition. Raises `InputError` for ids without a row"
     ids, scale = _prepare(ids, table, scale)
     wide = table if table.dtype == torch.float64 else table.float()
-    # Of no ids at all F.embedding has no gradient on CUDA: PyTorch 2.11 reads from address 0 there
-    x = F.embedding(ids.long(), wide) if ids.numel() else (0*wide.sum()).expand(*ids.shape, table.shape[1])
+    # Of nothing at all F.embedding has no gradient on CUDA: PyTorch 2.11 reads from address 0 there
+    x = F.embedding(ids.long(), wide) if ids.numel() and wide.numel() else (0*wide.sum()).expand(*ids.shape, table.shape[1])
     x = x*scale
     if shift:
         here, before = x.tensor_split(2, -1)                            # an odd channel belongs to the first half

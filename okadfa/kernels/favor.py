@@ -10,6 +10,7 @@ __all__ = ['NEVER', 'START', 'WEAK', 'OVERRIDE', 'SCAN', 'exp_attention_ref', 't
 import functools
 from contextlib import nullcontext
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from ..core import InputError
 from . import exponential as programs
@@ -71,8 +72,6 @@ def tuning(
     D, DV = _up(d), _up(d_v)
     tiles = _tiles(max(D, DV), dtype, direction)
     tiles["BM"] = min(tiles["BM"], _up(m))
-    # Fetched ahead, a state of 16 or 32 columns arrives wrong (Triton 3.6, H200, bfloat16; 64 columns and more are right)
-    if DV < 64: tiles["num_stages"] = 1
     return dict(D=D, DV=DV, PARTS=1 if dtype == torch.float32 else 2) | tiles | OVERRIDE[direction]
 
 # %% ../../nbs/kernels/40_favor.ipynb #c0000022
@@ -143,13 +142,19 @@ def _parameter_gradients(q, k, dlq, dlk, like, needed):
     return [g.sum_to_size(x.shape) if need else None for g, x, need in zip(grads, like, needed)]
 
 # %% ../../nbs/kernels/40_favor.ipynb #c40a0001
+NARROW = 64   # in half precision, values of fewer channels came out wrong on an H200 (Triton 3.6); of 64 and 128 right
+
+def _widened(x:Tensor, like:Tensor) -> Tensor:
+    "Values, or what has their channels, with zeros up to `NARROW` where `like` is in half precision"
+    return x if like.dtype == torch.float32 or x.shape[-1] >= NARROW else F.pad(x, (0, NARROW - x.shape[-1]))
+
 def _ready(q, k, v, Wq, Wk, bias, weight):
     "The arguments as the programs take them"
     Wq, Wk, weight = (x.float() for x in (Wq, Wk, weight))
     bias = Wq.new_zeros(1, Wq.shape[-2]) if bias is None else bias.float()
     Wq, Wk, bias = (x[None] if x.ndim < dim else x for x, dim in ((Wq, 3), (Wk, 3), (bias, 2)))
     if not q.dtype == k.dtype == v.dtype: q, k, v = q.float(), k.float(), v.float()
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, _widened(v, q)))
     programs._jit.load()
     return q, k, v, Wq.contiguous(), Wk.contiguous(), bias, weight.contiguous()
 
@@ -165,6 +170,7 @@ def far_forward(
     cu:tuple|None=None,     # where packed sequences begin
 ) -> tuple[Tensor, ...]:    # out [b h n d_v]; t, L and the queries' maxima [b h n]: L + t is the log of a row's sum
     "The programs of the way forward, without autograd"
+    d_v = v.shape[-1]
     q, k, v, Wq, Wk, bias, weight = _ready(q, k, v, Wq, Wk, bias, weight)
     run = _Launcher(q, v, Wq, Wk, bias, cu, "forward")
     t, L, out = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(v)
@@ -176,7 +182,7 @@ def far_forward(
         run.running_maximum(t)
         S = run.states(True, k, run.Wk, weight, t, v, weight)
         run.each_chunk(programs._outputs, *inputs, S, _rows(out))
-    return out, t, L, top
+    return out[..., :d_v], t, L, top
 
 # %% ../../nbs/kernels/40_favor.ipynb #c40a0004
 def far_backward(
@@ -195,9 +201,10 @@ def far_backward(
     cu:tuple|None=None,     # where packed sequences begin
 ) -> tuple[Tensor, ...]:    # of q, k, v, Wq, Wk, bias, weight
     "The programs of the way back, without autograd"
-    like = Wq, Wk, bias
+    like, d_v = (Wq, Wk, bias), v.shape[-1]
     q, k, v, Wq, Wk, bias, weight = _ready(q, k, v, Wq, Wk, bias, weight)
-    go, out = (x.to(q.dtype) if x.stride(-1) == 1 else x.to(q.dtype).contiguous() for x in (go, out))
+    go, out = (_widened(x.to(q.dtype), q) for x in (go, out))
+    go, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (go, out))
     run, keep = _Launcher(q, v, Wq, Wk, bias, cu, "backward"), any(needed)
     dq, dk, dv, dweight, delta = (torch.empty_like(x) for x in (q, k, v, weight, weight))
     dlq, dlk = (torch.empty(*q.shape[:3], Wq.shape[-2], device=q.device) if keep else t for _ in range(2))
@@ -211,7 +218,7 @@ def far_backward(
         results = _rows(go), delta, _rows(dk), _rows(dv), dweight, dlk
         run.each_chunk(programs._key_gradient, *inputs, Z, *results, KEEP=keep)
     grads = _parameter_gradients(q, k, dlq, dlk, like, needed) if keep else [None]*3
-    return dq, dk, dv, *grads, dweight
+    return dq, dk, dv[..., :d_v], *grads, dweight
 
 # %% ../../nbs/kernels/40_favor.ipynb #c40a0006
 class _ExpAttention(torch.autograd.Function):
@@ -274,10 +281,12 @@ def exp_attention_triton(
     `why_not_triton`'s line where it cannot run."""
     why = why_not_triton(q) or why_not_triton(v)
     if why: raise NotImplementedError(f"exp_attention_triton: {why}")
-    dtype = v.dtype
+    given = v
     q, k, v, Wq, Wk, bias, weight = _ready(q, k, v, Wq, Wk, bias, weight)
     cu = None if cu_seqlens is None else tuple(int(x) for x in cu_seqlens.tolist())
     _check(q, k, v, Wq, Wk, bias, weight, cu)
-    if not q.numel() or not v.numel(): return v.clone()
+    if not q.numel() or not given.numel(): return given.clone()
     out, weak = _ExpAttention.apply(q, k, v, Wq, Wk, bias, weight, cu)
-    return (out.to(dtype), weak) if with_weak else out.to(dtype)
+    if out.shape != given.shape: out = out[..., :given.shape[-1]]
+    out = out.to(given.dtype)
+    return (out, weak) if with_weak else out
