@@ -9,6 +9,7 @@ from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")       # checkpointing has another name in later versions
 transformers.utils.logging.set_verbosity_error()
 WORDS, WIDTH = 61, 32
 SIZE = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
@@ -215,7 +216,6 @@ def test_a_closed_gate_costs_no_attention():
 
 # --- what is done to models in training -----------------------------------------------------------------------------
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "t5"])
 @pytest.mark.parametrize("kw", [dict(), dict(rounds=1), dict(half_round=True)], ids=str)
 def test_gradient_checkpointing_changes_nothing(kind, kw):
@@ -232,7 +232,6 @@ def test_gradient_checkpointing_changes_nothing(kind, kw):
     loss.backward()
     assert_same(want, inside, 1e-12); assert_same(want, grads(model), 1e-12)
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_reentrant_checkpointing_too():
     model, inputs = make("llama").train(), batch()
     with DFAHook(model): want = backward(model, inputs, use_cache=False)
@@ -388,10 +387,10 @@ def test_what_cannot_be_compared_is_said_in_one_line():
 
 # --- Trainer, adapters ----------------------------------------------------------------------------------------------
 
-def train(folder, kind="calibrated", steps=6, resume=None, **options):
+def train(folder, kind="calibrated", steps=6, resume=None, dropout=.1, **options):
     "A model, its hook, and what a few steps of `Trainer` made of them"
     data = [dict(input_ids=row, labels=row) for row in batch(b=12, pad=False)["input_ids"]]
-    model = make("llama").float()
+    model = make("llama", attention_dropout=dropout).float()
     hook = DFAHook(model, kind)
     hook.feedback.refresh = 2
     options = transformers.TrainingArguments(
@@ -414,13 +413,13 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path):
     (tmp_path/"b/checkpoint-3"/FEEDBACK_FILE).unlink()
     with pytest.raises(InputError, match="is missing"): train(tmp_path/"b", resume=str(tmp_path/"b/checkpoint-3"))
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_trainer_steps_are_those_of_a_loop_by_hand(tmp_path):
     "With accumulation and recomputation: plain SGD, so that weights show gradients"
-    model, hook = train(tmp_path, "identity", 2, optim="sgd", gradient_accumulation_steps=2, gradient_checkpointing=True,
-                        gradient_checkpointing_kwargs=dict(use_reentrant=False), train_sampling_strategy="sequential")
+    model, hook = train(tmp_path, "identity", 2, dropout=0., optim="sgd", gradient_accumulation_steps=2,
+                        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False),
+                        train_sampling_strategy="sequential")
     assert not hook._handles and not list(tmp_path.rglob(FEEDBACK_FILE))
-    want, data = make("llama").float().train(), batch(b=12, pad=False)
+    want, data = make("llama", attention_dropout=0.).float().train(), batch(b=12, pad=False)
     for step in range(2):
         rows = slice(4*step, 4*step + 4)
         g = by_hand(want, "model.layers", {k: v[rows] for k, v in data.items()})
@@ -430,14 +429,14 @@ def test_trainer_steps_are_those_of_a_loop_by_hand(tmp_path):
 
 def test_adapters():
     peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
-    inputs, torch_seed = batch(), torch.manual_seed(0)
+    inputs = batch()
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(make("llama"), config).double().eval()
     name = "base_model.model.model.layers"
     assert find_stack(model).name == name
     want = by_hand(model, name, inputs)
     with DFAHook(model): got = backward(model, inputs)
-    assert torch_seed is not None and len(got) == 4*3*2 and all("lora" in n for n in got)
+    assert len(got) == 4*3*2 and all("lora" in n for n in got)
     assert_same(want, got)
     bp = backward(model, inputs)
     with DFAHook(model, rounds=3): assert_same(bp, backward(model, inputs))
