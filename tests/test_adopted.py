@@ -9,7 +9,7 @@ from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")       # checkpointing has another name in later versions
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")       # later versions rename checkpointing
 transformers.utils.logging.set_verbosity_error()
 WORDS, WIDTH = 61, 32
 SIZE = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
@@ -134,7 +134,8 @@ def test_a_matrix_for_each_block(kind):
 @FAMILY
 def test_rounds(kind):
     model, inputs = make(kind), batch(kind)
-    def errors(delta, i, o): return [delta + sum(vjp(o[j], i[j], delta) - delta for j in range(l+1, 4)) for l in range(4)]
+    def errors(delta, i, o):
+        return [delta + sum(vjp(o[j], i[j], delta) - delta for j in range(l+1, 4)) for l in range(4)]
     want = by_hand(model, FAMILIES[kind][0], inputs, errors)
     with DFAHook(model, rounds=1): assert_same(want, backward(model, inputs))
     bp = backward(model, inputs)
@@ -187,7 +188,8 @@ def test_half_a_round_of_our_blocks_by_either_way():
     m.zero_grad()
     with DFAHook(m, half_round=True): m.loss(ids, targets, credit="bp").backward()
     assert_same(want, grads(m), 1e-12)
-    with pytest.raises(InputError, match="no attention found in Block"): DFAHook(ours(mixer="spectral"), half_round=True)
+    with pytest.raises(InputError, match="no attention found in Block"):
+        DFAHook(ours(mixer="spectral"), half_round=True)
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "mixtral", "gpt2", "bloom"])
 def test_an_mlp_alone_is_refused_as_half_a_round(kind):
@@ -206,8 +208,8 @@ def test_post_norm_blocks_are_refused_as_half_a_round():
 def test_a_closed_gate_costs_no_attention():
     "That is the point of half a round: the attention's backward pass does not run in it"
     model, ran = make("llama"), []
-    for b in find_stack(model).blocks:
-        b.self_attn.q_proj.register_forward_hook(lambda m, a, out: out.register_hook(lambda g: ran.append(g is not None)) and None)
+    def spy(m, args, out): out.register_hook(lambda g: ran.append(g is not None))
+    for b in find_stack(model).blocks: b.self_attn.q_proj.register_forward_hook(spy)
     with DFAHook(model, half_round=True): backward(model, batch())
     assert sum(ran) == 4                                                   # once a block, for its own weights
     ran.clear()
@@ -376,7 +378,8 @@ def test_feedback_does_not_learn_from_being_compared():
     hook = DFAHook(model, "calibrated")
     hook.feedback.double()
     compare_gradients(model, inputs, feedback=hook.feedback)
-    assert hook.feedback.passes == 0 and hook.feedback.training and torch.equal(hook.feedback.matrix(0), torch.eye(WIDTH))
+    assert hook.feedback.passes == 0 and hook.feedback.training
+    assert torch.equal(hook.feedback.matrix(0), torch.eye(WIDTH).double())
 
 def test_what_cannot_be_compared_is_said_in_one_line():
     model, inputs = make("gpt2"), batch()
@@ -395,7 +398,8 @@ def train(folder, kind="calibrated", steps=6, resume=None, dropout=.1, **options
     hook.feedback.refresh = 2
     options = transformers.TrainingArguments(
         str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", max_grad_norm=0., **options)
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", max_grad_norm=0.,
+        **options)
     trainer = transformers.Trainer(model, options, train_dataset=data, callbacks=[feedback_callback(hook)])
     trainer.train(resume_from_checkpoint=resume)
     return model, hook
