@@ -9,6 +9,7 @@ from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")       # later versions rename checkpointing
 transformers.utils.logging.set_verbosity_error()
 WORDS, WIDTH = 61, 32
 SIZE = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
@@ -133,7 +134,8 @@ def test_a_matrix_for_each_block(kind):
 @FAMILY
 def test_rounds(kind):
     model, inputs = make(kind), batch(kind)
-    def errors(delta, i, o): return [delta + sum(vjp(o[j], i[j], delta) - delta for j in range(l+1, 4)) for l in range(4)]
+    def errors(delta, i, o):
+        return [delta + sum(vjp(o[j], i[j], delta) - delta for j in range(l+1, 4)) for l in range(4)]
     want = by_hand(model, FAMILIES[kind][0], inputs, errors)
     with DFAHook(model, rounds=1): assert_same(want, backward(model, inputs))
     bp = backward(model, inputs)
@@ -186,7 +188,8 @@ def test_half_a_round_of_our_blocks_by_either_way():
     m.zero_grad()
     with DFAHook(m, half_round=True): m.loss(ids, targets, credit="bp").backward()
     assert_same(want, grads(m), 1e-12)
-    with pytest.raises(InputError, match="no attention found in Block"): DFAHook(ours(mixer="spectral"), half_round=True)
+    with pytest.raises(InputError, match="no attention found in Block"):
+        DFAHook(ours(mixer="spectral"), half_round=True)
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "mixtral", "gpt2", "bloom"])
 def test_an_mlp_alone_is_refused_as_half_a_round(kind):
@@ -205,8 +208,8 @@ def test_post_norm_blocks_are_refused_as_half_a_round():
 def test_a_closed_gate_costs_no_attention():
     "That is the point of half a round: the attention's backward pass does not run in it"
     model, ran = make("llama"), []
-    for b in find_stack(model).blocks:
-        b.self_attn.q_proj.register_forward_hook(lambda m, a, out: out.register_hook(lambda g: ran.append(g is not None)) and None)
+    def spy(m, args, out): out.register_hook(lambda g: ran.append(g is not None))
+    for b in find_stack(model).blocks: b.self_attn.q_proj.register_forward_hook(spy)
     with DFAHook(model, half_round=True): backward(model, batch())
     assert sum(ran) == 4                                                   # once a block, for its own weights
     ran.clear()
@@ -215,7 +218,6 @@ def test_a_closed_gate_costs_no_attention():
 
 # --- what is done to models in training -----------------------------------------------------------------------------
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "t5"])
 @pytest.mark.parametrize("kw", [dict(), dict(rounds=1), dict(half_round=True)], ids=str)
 def test_gradient_checkpointing_changes_nothing(kind, kw):
@@ -232,7 +234,6 @@ def test_gradient_checkpointing_changes_nothing(kind, kw):
     loss.backward()
     assert_same(want, inside, 1e-12); assert_same(want, grads(model), 1e-12)
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_reentrant_checkpointing_too():
     model, inputs = make("llama").train(), batch()
     with DFAHook(model): want = backward(model, inputs, use_cache=False)
@@ -377,7 +378,8 @@ def test_feedback_does_not_learn_from_being_compared():
     hook = DFAHook(model, "calibrated")
     hook.feedback.double()
     compare_gradients(model, inputs, feedback=hook.feedback)
-    assert hook.feedback.passes == 0 and hook.feedback.training and torch.equal(hook.feedback.matrix(0), torch.eye(WIDTH))
+    assert hook.feedback.passes == 0 and hook.feedback.training
+    assert torch.equal(hook.feedback.matrix(0), torch.eye(WIDTH).double())
 
 def test_what_cannot_be_compared_is_said_in_one_line():
     model, inputs = make("gpt2"), batch()
@@ -388,15 +390,16 @@ def test_what_cannot_be_compared_is_said_in_one_line():
 
 # --- Trainer, adapters ----------------------------------------------------------------------------------------------
 
-def train(folder, kind="calibrated", steps=6, resume=None, **options):
+def train(folder, kind="calibrated", steps=6, resume=None, dropout=.1, **options):
     "A model, its hook, and what a few steps of `Trainer` made of them"
     data = [dict(input_ids=row, labels=row) for row in batch(b=12, pad=False)["input_ids"]]
-    model = make("llama").float()
+    model = make("llama", attention_dropout=dropout).float()
     hook = DFAHook(model, kind)
     hook.feedback.refresh = 2
     options = transformers.TrainingArguments(
         str(folder), max_steps=steps, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", max_grad_norm=0., **options)
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", max_grad_norm=0.,
+        **options)
     trainer = transformers.Trainer(model, options, train_dataset=data, callbacks=[feedback_callback(hook)])
     trainer.train(resume_from_checkpoint=resume)
     return model, hook
@@ -414,13 +417,13 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path):
     (tmp_path/"b/checkpoint-3"/FEEDBACK_FILE).unlink()
     with pytest.raises(InputError, match="is missing"): train(tmp_path/"b", resume=str(tmp_path/"b/checkpoint-3"))
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_trainer_steps_are_those_of_a_loop_by_hand(tmp_path):
     "With accumulation and recomputation: plain SGD, so that weights show gradients"
-    model, hook = train(tmp_path, "identity", 2, optim="sgd", gradient_accumulation_steps=2, gradient_checkpointing=True,
-                        gradient_checkpointing_kwargs=dict(use_reentrant=False), train_sampling_strategy="sequential")
+    model, hook = train(tmp_path, "identity", 2, dropout=0., optim="sgd", gradient_accumulation_steps=2,
+                        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False),
+                        train_sampling_strategy="sequential")
     assert not hook._handles and not list(tmp_path.rglob(FEEDBACK_FILE))
-    want, data = make("llama").float().train(), batch(b=12, pad=False)
+    want, data = make("llama", attention_dropout=0.).float().train(), batch(b=12, pad=False)
     for step in range(2):
         rows = slice(4*step, 4*step + 4)
         g = by_hand(want, "model.layers", {k: v[rows] for k, v in data.items()})
@@ -430,14 +433,14 @@ def test_trainer_steps_are_those_of_a_loop_by_hand(tmp_path):
 
 def test_adapters():
     peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
-    inputs, torch_seed = batch(), torch.manual_seed(0)
+    inputs = batch()
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(make("llama"), config).double().eval()
     name = "base_model.model.model.layers"
     assert find_stack(model).name == name
     want = by_hand(model, name, inputs)
     with DFAHook(model): got = backward(model, inputs)
-    assert torch_seed is not None and len(got) == 4*3*2 and all("lora" in n for n in got)
+    assert len(got) == 4*3*2 and all("lora" in n for n in got)
     assert_same(want, got)
     bp = backward(model, inputs)
     with DFAHook(model, rounds=3): assert_same(bp, backward(model, inputs))

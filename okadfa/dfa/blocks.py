@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORM', 'unwrapped', 'outermost_lists', 'Stack', 'stream_width', 'norm_behind', 'find_stack', 'first_name',
-           'hidden_of', 'on_input', 'on_output', 'is_hooked', 'adds_to', 'Gate', 'stand_still', 'attention_in']
+           'hidden_of', 'on_input', 'on_output', 'is_hooked', 'adds_to', 'need_branch', 'need_residual', 'Gate',
+           'stand_still', 'attention_in']
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260004
 import inspect, re
@@ -160,6 +161,18 @@ def adds_to(
         edges = node.next_functions[-1:] if kind == "_Still" else node.next_functions
         front += [after for after, _ in edges if after is not None]
     return False
+
+# %% ../../nbs/dfa/26_blocks.ipynb #cb26022b
+def need_branch(out:Tensor, x:Tensor) -> None:
+    "Raise `InputError` for a branch with output `out` that does not hand on its input `x`"
+    if adds_to(out, x): return
+    raise InputError("half a round needs branches x + f(x), norm included, and one of `halves` hands on "
+                     "something else: pass half_round=True instead, which needs no branches")
+
+def need_residual(out:Tensor, x:Tensor, l:int) -> None:
+    "Raise `InputError` for block `l` with output `out` where its input `x` ends in it, attention standing still"
+    if adds_to(out, x): return
+    raise InputError(f"half a round needs blocks that hand on x + f(x), and block {l} does not")
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260024
 class Gate:

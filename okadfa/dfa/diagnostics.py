@@ -154,8 +154,8 @@ def plot_alignment(
         blocks = {int(key[5:]) + 1: row for key, row in rows.items() if re.fullmatch(r"block\d+", key)}
         for ax, of in ((cosine, "cosine"), (error, "error")):
             heights = [float("nan") if row[of] is None else row[of] for row in blocks.values()]
-            ax.plot(list(blocks), [max(y, 1e-6) for y in heights] if of == "error" else heights, mark + "-", ms=4, lw=1.2,
-                    label=name)
+            if of == "error": heights = [max(y, 1e-6) for y in heights]           # exact blocks, on a log scale
+            ax.plot(list(blocks), heights, mark + "-", ms=4, lw=1.2, label=name)
     cosine.set(title="does it point the right way?", ylabel="GradCosine to backpropagation", ylim=(None, 1.05))
     error.set(title="how far off is it?", ylabel="GradError, relative squared", yscale="log")
     for ax, level in ((cosine, 0), (error, 1)):

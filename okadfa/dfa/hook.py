@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import InputError
-from .blocks import Gate, adds_to, attention_in, find_stack, on_input, on_output, refuse_hooks_inside, stand_still
+from .blocks import Gate, attention_in, find_stack, need_branch, need_residual
+from .blocks import on_input, on_output, refuse_hooks_inside, stand_still
 from .feedback import FeedbackMatrices
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0c68e95
@@ -245,14 +246,8 @@ class CutPass:
 
     def branch(self, x:Tensor, out:Tensor) -> None:
         "One residual branch of a block has run"
-        if not adds_to(out, x):
-            raise InputError("half a round needs branches x + f(x), norm included, and one of `halves` hands on "
-                             "something else: pass half_round=True instead, which needs no branches")
+        need_branch(out, x)
         self.branches.append((x, out))
-
-    def attention(self, x:Tensor, out:Tensor) -> Tensor:
-        "Attention has run: half a round makes it stand still"
-        return stand_still(self.gate, out, self.inputs[-1])
 
     def post(self, l:int, out:Tensor) -> None:
         "Put a letter box on the output of block `l`, and gather it"
@@ -267,8 +262,7 @@ class CutPass:
         self.post(l, out)
         if not self.asked.keeps_graphs: return
         self.outputs.append(out)
-        if self.asked.half_round and not self.branches and not adds_to(out, self.inputs[l]):
-            raise InputError(f"half a round needs blocks that hand on x + f(x), and block {l} does not")
+        if self.asked.half_round and not self.branches: need_residual(out, self.inputs[l], l)
 
 # %% ../../nbs/dfa/21_hook.ipynb #c379bc16
 def close_pass(
@@ -310,7 +304,7 @@ class CutStack:
         for block in self.blocks: refuse_hooks_inside(block[0])
         # first, since the output that the last block hands on is the broadcast one
         self._handles = [on_output(m, lambda x, out: self._pass.branch(x, out)) for m in self.halves]
-        self._handles += [on_output(m, lambda x, out: self._pass.attention(x, out)) for m in self.still]
+        self._handles += [on_output(m, lambda x, out: self._still(out)) for m in self.still]
         for l, block in enumerate(self.blocks):
             self._handles.append(on_input(block[0], partial(self._enter, l)))
             self._handles.append(on_output(block[-1], partial(self._leave, l)))
@@ -325,6 +319,8 @@ class CutStack:
 
     @property
     def feedback(self) -> nn.Module: return self.asked.feedback
+
+    def _still(self, out): return stand_still(self._pass.gate, out, self._pass.inputs[-1])
 
     def _enter(self, l, x):
         if l == 0: self._pass = CutPass(self.asked)          # a new pass, also after one that died half-way
