@@ -180,7 +180,7 @@ def _to_lanes(symbols, lanes):
         enc.push(place_start, place_freq); enc.push(level_start, level_freq)
     return enc.finish()
 
-# %% ../../nbs/spectral/36_entropy.ipynb #cba7adce
+# %% ../../nbs/spectral/36_entropy.ipynb #c06692b0
 def _by_table(row, group, n):
     "Weights in the order of their tables, and how many each table has"
     each = np.repeat(row.astype(np.uint8), group)[:n]
@@ -272,7 +272,7 @@ def decode(
     dec.check()
     return np.where(level == levels, -1, level), place
 
-# %% ../../nbs/spectral/36_entropy.ipynb #c5d40e38
+# %% ../../nbs/spectral/36_entropy.ipynb #ca57bd8f
 def _from_stack(points, n, levels, row, tables, group, words):
     "What `_to_stack` said"
     order, sizes = _by_table(row, group, n)
