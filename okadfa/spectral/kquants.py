@@ -6,14 +6,14 @@
 __all__ = ['NF4', 'RIVALS', 'round_to_nearest', 'nf4', 'search_with_offset', 'search_symmetric', 'q4_k', 'q2_k', 'q3_k', 'Rival',
            'rival_of']
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c3bffd20
+# %% ../../nbs/spectral/29_kquants.ipynb #cdd4536b
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core import InputError
 
-# %% ../../nbs/spectral/29_kquants.ipynb #ce11e748
+# %% ../../nbs/spectral/29_kquants.ipynb #c0d46855
 def _half(x): return x.half().float()          # scales are stored in half precision
 def _over(x, d): return torch.where(d == 0, 0, x/torch.where(d == 0, 1, d))
 
@@ -33,7 +33,7 @@ def round_to_nearest(
     d = _half(largest/-top)
     return (d*_over(x, d).round().clamp(-top, top - 1)).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #ce6d6f50
+# %% ../../nbs/spectral/29_kquants.ipynb #ca027cc9
 NF4 = (-1., -.6961928009986877, -.5250730514526367, -.39491748809814453, -.28444138169288635, -.18477343022823334,
        -.09105003625154495, 0., .07958029955625534, .16093020141124725, .24611230194568634, .33791524171829224,
        .44070982933044434, .5626170039176941, .7229568362236023, 1.)
@@ -56,7 +56,7 @@ def nf4(
     code = torch.bucketize(_over(x, a[:, None]), (values[1:] + values[:-1])/2)
     return (a[:, None]*values[code]).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #cbf7b42d
+# %% ../../nbs/spectral/29_kquants.ipynb #cb328003
 def _fit(x, q, weight):
     "Least-squares scale and offset >= 0 of x ~ scale*q - offset, for each block"
     W, sx, sq = weight.sum(-1), (weight*x).sum(-1), (weight*q).sum(-1)
@@ -73,6 +73,7 @@ def search_with_offset(
     step:float,          # and the factors rise by this
     tries:int,
     weight:Tensor,       # of the errors [... block]
+    power:int=2,         # of the errors: GGUF takes 1 for Q2_K
 ) -> tuple[Tensor, Tensor]:   # scales, offsets [...]
     "Scale and offset of each block"
     lowest, highest = x.amin(-1).clamp_max(0), x.amax(-1)
@@ -80,7 +81,7 @@ def search_with_offset(
     best_scale, best_offset = (highest - lowest)/top, -lowest
     def miss(scale, offset):
         q = _over(x + offset[..., None], scale[..., None]).round().clamp(0, top)
-        return (weight*(scale[..., None]*q - offset[..., None] - x).abs()**2).sum(-1)
+        return (weight*(scale[..., None]*q - offset[..., None] - x).abs()**power).sum(-1)
     best = miss(best_scale, best_offset)
     for i in range(tries):
         q = _over((x - lowest[..., None])*(top + low + step*i), width).round().clamp(0, top)
@@ -107,27 +108,29 @@ def search_symmetric(
         best, best_scale = torch.where(gain > best, gain, best), torch.where(gain > best, scale, best_scale)
     return best_scale
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c0d272bf
+# %% ../../nbs/spectral/29_kquants.ipynb #c2a1b42f
 def _whole(scale, top):
     "Scales of a super-block as whole multiples of a unit in half precision"
     unit = _half(scale.amax(-1, keepdim=True)/top)
     return unit*_over(scale, unit).round().clamp(0, top)
 
-def _with_offset(w, blocks, top, scale_top, low, step, tries, weigh):
+def _with_offset(w, blocks, top, scale_top, search, weigh):
     "Q4_K and Q2_K"
     x = _blocks(w, 256).view(-1, blocks, 256//blocks)
-    scale, offset = (_whole(s, scale_top)[..., None] for s in search_with_offset(x, top, low, step, tries, weigh(x)))
+    low, step, tries, power = search
+    found = search_with_offset(x, top, low, step, tries, weigh(x), power)
+    scale, offset = (_whole(s, scale_top)[..., None] for s in found)
     q = _over(x + offset, scale).round().clamp(0, top)
     return (scale*q - offset).flatten()[:w.numel()].view(w.shape)
 
 def q4_k(w:Tensor) -> Tensor:
     "Q4_K: blocks of 32 with a scale and an offset of 6 bits each"
     def weigh(x): return x.square().mean(-1, keepdim=True).sqrt() + x.abs()
-    return _with_offset(w, 8, 15, 63, -1., .1, 21, weigh)
+    return _with_offset(w, 8, 15, 63, (-1., .1, 21, 2), weigh)
 
 def q2_k(w:Tensor) -> Tensor:
     "Q2_K: blocks of 16 with a scale and an offset of 4 bits each"
-    return _with_offset(w, 16, 3, 15, -.5, .1, 16, torch.abs)
+    return _with_offset(w, 16, 3, 15, (-.5, .1, 16, 1), torch.abs)
 
 def q3_k(w:Tensor) -> Tensor:
     "Q3_K: blocks of 16 with a signed scale of 6 bits"
@@ -138,7 +141,7 @@ def q3_k(w:Tensor) -> Tensor:
     scale = (unit*_over(scale, unit).round().clamp(-32, 31))[..., None]
     return (scale*_over(x, scale).round().clamp(-4, 3)).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c79f8d0a
+# %% ../../nbs/spectral/29_kquants.ipynb #c1d908db
 class Rival(NamedTuple):
     "A format of others"
     quantize:Callable    # weights -> what they come back as
