@@ -6,7 +6,7 @@
 __all__ = ['grid_steps', 'dithered', 'load_any', 'text_nats', 'model_matrices', 'quantize_all', 'WeightsSettings', 'weights_rows',
            'weights_table', 'show_weights']
 
-# %% ../../nbs/bench/87_weights.ipynb #c21babe4
+# %% ../../nbs/bench/87_weights.ipynb #cb00780a
 import json, math, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..spectral.bytes import ByteEncoder
 from ..spectral.container import CODES, quantize_weight
 from ..spectral.kquants import RIVALS, round_to_nearest
 
-# %% ../../nbs/bench/87_weights.ipynb #cfc6fbbc
+# %% ../../nbs/bench/87_weights.ipynb #c81c88e5
 def grid_steps(
     w:Tensor,            # [... cols]
     block:int=32,        # weights that share a grid
@@ -48,7 +48,7 @@ def dithered(
     noise = torch.rand(len(steps), w.numel()//len(steps), generator=seeded_generator(f"dither {name}", seed)) - .5
     return (w.detach() + (steps*noise).view(w.shape)).to(w.dtype)
 
-# %% ../../nbs/bench/87_weights.ipynb #c9a11923
+# %% ../../nbs/bench/87_weights.ipynb #c11f2418
 def load_any(
     source:str,          # "smollm2-135m", a folder of `transformers`, or a run's folder
 ) -> tuple[nn.Module, Callable]:   # the model; text as bytes -> ids
@@ -84,7 +84,7 @@ def model_matrices(model:nn.Module, least:int=4096) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.numel() >= least}
     return {name: p for name, p in found.items() if not is_embedding(name)}
 
-# %% ../../nbs/bench/87_weights.ipynb #c9864894
+# %% ../../nbs/bench/87_weights.ipynb #c293e395
 def _reals(w): return w.numel()*(2 if w.is_complex() else 1)
 
 def _by_rival(w, rival):
@@ -120,7 +120,7 @@ def quantize_all(
     if method in CODES: measured |= dict(coded_per_s=count/coding, decoded_per_s=count/decoding)
     return got, measured
 
-# %% ../../nbs/bench/87_weights.ipynb #cca8251c
+# %% ../../nbs/bench/87_weights.ipynb #c2c194df
 @dataclass(frozen=True)
 class WeightsSettings:
     "What is quantized, how, and what it is judged on"
@@ -152,7 +152,7 @@ def _jobs(s):
     for method in s.methods:
         for bits in s.bits if method in CODES else (RIVALS[method].bits,): yield method, bits
 
-# %% ../../nbs/bench/87_weights.ipynb #c4e4e4e2
+# %% ../../nbs/bench/87_weights.ipynb #cdcbe4ef
 def _windows(s, encode):
     "The text's first tokens [windows n]"
     ids = encode(Path(s.data).read_bytes()[:40*s.tokens])[:s.tokens]
@@ -186,7 +186,7 @@ def weights_rows(
             say(f"{job['method']} {job['bits']:g} bits, seed {seed}: perplexity {row['perplexity']:.2f}")
             yield row
 
-# %% ../../nbs/bench/87_weights.ipynb #c9c50664
+# %% ../../nbs/bench/87_weights.ipynb #c608d370
 def weights_table(
     rows:list[dict],     # of one model
 ) -> list[tuple]:        # method, bits, bits measured, perplexities of all seeds, error, decoded a second; by rising bits

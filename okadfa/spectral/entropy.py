@@ -180,7 +180,7 @@ def _to_lanes(symbols, lanes):
         enc.push(place_start, place_freq); enc.push(level_start, level_freq)
     return enc.finish()
 
-# %% ../../nbs/spectral/36_entropy.ipynb #c06692b0
+# %% ../../nbs/spectral/36_entropy.ipynb #c0c8faad
 def _by_table(row, group, n):
     "Weights in the order of their tables, and how many each table has"
     each = np.repeat(row.astype(np.uint8), group)[:n]
@@ -272,7 +272,7 @@ def decode(
     dec.check()
     return np.where(level == levels, -1, level), place
 
-# %% ../../nbs/spectral/36_entropy.ipynb #ca57bd8f
+# %% ../../nbs/spectral/36_entropy.ipynb #c5efa0be
 def _from_stack(points, n, levels, row, tables, group, words):
     "What `_to_stack` said"
     order, sizes = _by_table(row, group, n)
@@ -294,7 +294,7 @@ def content(
     spread:Spread,   # of the magnitudes of z
 ) -> float:          # bits
     "Bits that the levels and places of z take, weights beyond the reach included"
-    level, _ = points.codes(z/step)
+    level = points.levels(z/step)
     levels = int(level.max()) + 1
     row, tables = _rows_and_tables(points, levels, step, spread)
     freq = np.diff(tables)[np.repeat(row, spread.group)[:len(z)], level]      # level -1 is the last entry: beyond
