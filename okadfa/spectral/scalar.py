@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'REACH', 'MAGIC', 'axis_scales', 'weight_classes', 'table_bytes', 'frequencies', 'Grid', 'finest_step',
            'best_grid', 'ScalarTensor', 'scalar_quantize']
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c9ec20cc
+# %% ../../nbs/spectral/28_scalar.ipynb #c88e2394
 import functools, math, struct, zlib
 from dataclasses import dataclass
 import numpy as np
@@ -16,7 +16,7 @@ from ..core import InputError
 from .ans import TOTAL, ans_coder
 from .record import DTYPES
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c8e2e2aa
+# %% ../../nbs/spectral/28_scalar.ipynb #c34e3397
 CLASSES = 32          # of weights; what is smaller belongs to the last
 
 def _below(rms, per_octave):
@@ -50,7 +50,7 @@ def weight_classes(
     beside = cols[None, :] if len(cols) else np.zeros((1, 1), np.uint8)
     return np.broadcast_to(np.minimum(above + beside, CLASSES - 1), shape)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cc3724e0
+# %% ../../nbs/spectral/28_scalar.ipynb #ce02c366
 _EIGHTHS = np.array([1073741824, 984625594, 902905651, 827968132,
                      759250125, 696235434, 638450708, 585461881], np.int64)   # 2**(30 - i/8)
 
@@ -73,7 +73,7 @@ def frequencies(
     freq[len(half) - 1] += (1 << TOTAL) - freq.sum()
     return freq
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cec518e6
+# %% ../../nbs/spectral/28_scalar.ipynb #c04571cc
 REACH = 8             # root mean squares that a table reaches; what lies beyond costs 32 bits more
 
 class Grid:
@@ -110,21 +110,23 @@ class Grid:
             total += inside @ half[:-1] + beyond*(half[-1] + 32) + 8*len(inside) + 16
         return total
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cc81c101
+# %% ../../nbs/spectral/28_scalar.ipynb #ca03bd97
 def finest_step(
     grid:Grid,
     budget:float,         # bits
 ) -> float:
     "The finest step found whose bits keep to the budget"
-    n, step, best = grid.w.size, math.sqrt(np.mean(np.square(grid.sorted)))*2**(2 - budget/grid.w.size), None
+    n, peak = grid.w.size, float(np.abs(grid.sorted).max())
+    least, best = peak/30_000, None                                 # codes are whole numbers of 16 bits
+    step = max(math.sqrt(np.mean(np.square(grid.w)))*2**(2 - budget/n), least)
     for _ in range(8):
         used = grid.bits(step)
         if used <= budget and (best is None or step < best): best = step
         if best is not None and budget*.9995 < used <= budget: break
-        step *= 2**min(4., max(-4., (used - .9998*budget)/n*1.02))
+        step = max(step*2**min(4., max(-4., (used - .9998*budget)/n*1.02)), least)
     while best is None:
         step *= 1.5
-        if grid.bits(step) <= budget or step > 4*np.abs(grid.sorted).max(): best = step
+        if grid.bits(step) <= budget or step > 4*peak: best = step
     return best
 
 def best_grid(
@@ -139,7 +141,7 @@ def best_grid(
     best = min(grids, key=lambda g: g.bits(step))
     return best, finest_step(best, budget)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cdbb8a5b
+# %% ../../nbs/spectral/28_scalar.ipynb #c8bea642
 MAGIC = b"oks1"
 _HEAD = struct.Struct("<4sIBBfdd6I")       # magic, crc of the rest, type, axes, bits, step, gain; sizes of the arrays
 _ARRAYS = dict(rows="<u1", cols="<u1", lengths="<u2", tables="<u1", beyond="<f4", words="<u4")
@@ -182,7 +184,7 @@ class ScalarTensor:
         shape, bits = "x".join(map(str, self.shape)), 8*self.nbytes/self.weights
         return f"ScalarTensor({shape} {str(self.dtype)[6:]}, {bits:.2f} bits a weight)"
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c9a99cc4
+# %% ../../nbs/spectral/28_scalar.ipynb #c35abe97
 def _unpack(data):
     "The fields of a record by name"
     if len(data) < _HEAD.size or data[:4] != MAGIC: raise InputError("these are not the bytes of a ScalarTensor")
@@ -201,7 +203,7 @@ def _matrix_shape(shape, dtype):
     cols = (shape[-1] if shape else 1)*(2 if dtype.is_complex else 1)
     return math.prod(shape)*(2 if dtype.is_complex else 1)//cols, cols
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ca3b3481
+# %% ../../nbs/spectral/28_scalar.ipynb #ccf08290
 def _encode(grid, step, impl):
     "Gain and arrays of a record"
     coder, counts, beyond, got, power = ans_coder(impl=impl), grid.tables(step), [], 0., 0.
@@ -236,7 +238,7 @@ def _dequantize(p, impl="auto"):
     if p.dtype.is_complex: w = torch.view_as_complex(w.view(-1, 2))
     return w.to(p.dtype).view(p.shape)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c8c29abf
+# %% ../../nbs/spectral/28_scalar.ipynb #c89868e1
 def _checked(w, bits):
     "A real matrix [rows cols] in float64"
     if not isinstance(w, Tensor): raise InputError(f"w must be a tensor, got {type(w).__name__}")
@@ -265,6 +267,7 @@ def scalar_quantize(
     The record takes at most `bits` a weight, all included, from a few thousand weights on."""
     x = _checked(w, bits)
     head = 8*(_HEAD.size + 4*w.ndim + 8)                                   # the stream's last words with it
-    grid, step = best_grid(x, max(x.size*bits - head, x.size*bits*7/8)) if x.any() else (Grid(x, "none"), 1.)
+    least = x.size*bits*7/8 + 16 + 6*2**bits                               # a handful of weights needs a table, too
+    grid, step = best_grid(x, max(x.size*bits - head, least)) if x.any() else (Grid(x, "none"), 1.)
     gain, arrays = _encode(grid, step, impl)
     return ScalarTensor(tuple(w.shape), w.dtype, float(bits), step, gain, arrays)
