@@ -6,7 +6,7 @@
 __all__ = ['grid_steps', 'dithered', 'load_any', 'text_nats', 'model_matrices', 'quantize_all', 'WeightsSettings', 'weights_rows',
            'weights_table', 'show_weights']
 
-# %% ../../nbs/bench/87_weights.ipynb #cb00780a
+# %% ../../nbs/bench/87_weights.ipynb #c8010a34
 import json, math, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from ..models.checkpoint import load_model
 from ..models.folder import is_embedding
 from ..spectral.bytes import ByteEncoder
 from ..spectral.container import CODES, quantize_weight
-from ..spectral.kquants import RIVALS, round_to_nearest
+from ..spectral.kquants import RIVALS
 
-# %% ../../nbs/bench/87_weights.ipynb #c81c88e5
+# %% ../../nbs/bench/87_weights.ipynb #c74c1b3e
 def grid_steps(
     w:Tensor,            # [... cols]
     block:int=32,        # weights that share a grid
@@ -48,7 +48,7 @@ def dithered(
     noise = torch.rand(len(steps), w.numel()//len(steps), generator=seeded_generator(f"dither {name}", seed)) - .5
     return (w.detach() + (steps*noise).view(w.shape)).to(w.dtype)
 
-# %% ../../nbs/bench/87_weights.ipynb #c11f2418
+# %% ../../nbs/bench/87_weights.ipynb #c2a0b963
 def load_any(
     source:str,          # "smollm2-135m", a folder of `transformers`, or a run's folder
 ) -> tuple[nn.Module, Callable]:   # the model; text as bytes -> ids
@@ -84,7 +84,7 @@ def model_matrices(model:nn.Module, least:int=4096) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.numel() >= least}
     return {name: p for name, p in found.items() if not is_embedding(name)}
 
-# %% ../../nbs/bench/87_weights.ipynb #c293e395
+# %% ../../nbs/bench/87_weights.ipynb #c6fbaa79
 def _reals(w): return w.numel()*(2 if w.is_complex() else 1)
 
 def _by_rival(w, rival):
@@ -106,7 +106,7 @@ def quantize_all(
     base:dict[str, Tensor],             # weights by name
     method:str,                         # of `CODES` or `RIVALS`
     bits:float,                         # a weight, for ours
-) -> tuple[dict[str, Tensor], dict]:    # what they come back as; bits a weight, error, weights coded and decoded a second
+) -> tuple[dict[str, Tensor], dict]:    # what they come back as; bits a weight, error, weights a second
     "Every matrix by one method"
     got, size, lost, power, coding, decoding = {}, 0, 0., 0., 0., 0.
     count = sum(map(_reals, base.values()))
@@ -115,12 +115,13 @@ def quantize_all(
             if method in RIVALS: got[name], stored, a, b = *_by_rival(w, RIVALS[method]), 0, 0
             else: got[name], stored, a, b = _by_code(w, bits, method)
             size, coding, decoding = size + stored, coding + a, decoding + b
-            lost += (got[name] - w).abs().double().square().sum().item(); power += w.abs().double().square().sum().item()
+            lost += (got[name] - w).abs().double().square().sum().item()
+            power += w.abs().double().square().sum().item()
     measured = dict(bits_per_weight=8*size/count, error=math.sqrt(lost/power), weights=count)
     if method in CODES: measured |= dict(coded_per_s=count/coding, decoded_per_s=count/decoding)
     return got, measured
 
-# %% ../../nbs/bench/87_weights.ipynb #c2c194df
+# %% ../../nbs/bench/87_weights.ipynb #c8f576bd
 @dataclass(frozen=True)
 class WeightsSettings:
     "What is quantized, how, and what it is judged on"
@@ -137,7 +138,8 @@ class WeightsSettings:
     def __post_init__(self):
         check_choices(self)
         check_positive(self, "tokens", "window"); check_not_empty(self, "methods")
-        if not self.bits or min(self.bits) < 1 or max(self.bits) > 9: raise InputError("bits must be from 1 to 9 a weight")
+        if not self.bits or not 1 <= min(self.bits) <= max(self.bits) <= 9:
+            raise InputError("bits must be from 1 to 9 a weight")
         if not self.seeds: raise InputError("seeds must be one number or several")
         if not Path(self.data).is_file(): raise InputError(f"--data must be a text file, got {self.data!r}")
         if not 2 <= self.window <= self.tokens: raise InputError("window must be from 2 to the number of tokens")
@@ -152,7 +154,7 @@ def _jobs(s):
     for method in s.methods:
         for bits in s.bits if method in CODES else (RIVALS[method].bits,): yield method, bits
 
-# %% ../../nbs/bench/87_weights.ipynb #cdcbe4ef
+# %% ../../nbs/bench/87_weights.ipynb #c5319d23
 def _windows(s, encode):
     "The text's first tokens [windows n]"
     ids = encode(Path(s.data).read_bytes()[:40*s.tokens])[:s.tokens]
@@ -178,7 +180,8 @@ def weights_rows(
         base = {name: dithered(w, name, seed) for name, w in plain.items()}
         on_grid = sum(not torch.equal(w, plain[name]) for name, w in base.items())
         for job in (job for job in todo if job["seed"] == seed):
-            got, measured = (base, {}) if job["method"] == "reference" else quantize_all(base, job["method"], job["bits"])
+            got, measured = base, {}
+            if job["method"] != "reference": got, measured = quantize_all(base, job["method"], job["bits"])
             with torch.no_grad():
                 for name, p in matrices.items(): p.copy_(got[name])
             row = dict(kind="weights") | job | dict(matrices=len(matrices), dithered=on_grid) | measured
@@ -186,10 +189,10 @@ def weights_rows(
             say(f"{job['method']} {job['bits']:g} bits, seed {seed}: perplexity {row['perplexity']:.2f}")
             yield row
 
-# %% ../../nbs/bench/87_weights.ipynb #c608d370
+# %% ../../nbs/bench/87_weights.ipynb #c83532be
 def weights_table(
     rows:list[dict],     # of one model
-) -> list[tuple]:        # method, bits, bits measured, perplexities of all seeds, error, decoded a second; by rising bits
+) -> list[tuple]:        # method, bits, bits measured, perplexities of all seeds, error, decoded a second
     "Rows as lines of a table, the newest of each setting"
     newest, lines = {_key(r): r for r in rows}, {}
     for r in newest.values(): lines.setdefault((r["method"], r["bits"]), []).append(r)

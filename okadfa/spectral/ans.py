@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TOTAL', 'AnsRef', 'AnsCoderRef', 'AnsCoder', 'ans_coder']
 
-# %% ../../nbs/spectral/47_ans.ipynb #c91df630
+# %% ../../nbs/spectral/47_ans.ipynb #c3eee923
 import bisect, importlib.util
 import numpy as np
 from ..core import InputError
 
-# %% ../../nbs/spectral/47_ans.ipynb #c44df703
+# %% ../../nbs/spectral/47_ans.ipynb #c03213c8
 TOTAL = 24              # probabilities are whole numbers out of 2**TOTAL
 
 class AnsRef:
@@ -42,7 +42,7 @@ class AnsRef:
         return np.array(self.out + rest, np.uint32)
     def is_empty(self) -> bool: return not self.x and not self.out
 
-# %% ../../nbs/spectral/47_ans.ipynb #ce820f97
+# %% ../../nbs/spectral/47_ans.ipynb #c2cfa469
 def _parts(n):
     "First number of each of n equal shares, and how many it has"
     each = (1 << TOTAL)//n
@@ -79,7 +79,7 @@ class AnsCoderRef(AnsRef):
             self.hear(slot, s*each, freq(s))
         return out
 
-# %% ../../nbs/spectral/47_ans.ipynb #ca4bf732
+# %% ../../nbs/spectral/47_ans.ipynb #cab7d6b7
 class AnsCoder:
     "`AnsCoderRef`, by `constriction`"
     def __init__(self,
@@ -108,7 +108,7 @@ class AnsCoder:
     def words(self) -> np.ndarray: return self.coder.get_compressed()
     def is_empty(self) -> bool: return self.coder.is_empty()
 
-# %% ../../nbs/spectral/47_ans.ipynb #c7433edb
+# %% ../../nbs/spectral/47_ans.ipynb #c68d4713
 def ans_coder(
     words=None,         # uint32, to pop from; None, to push to
     impl:str="auto",    # "constriction", "ref", or "auto": the library where it is installed

@@ -143,12 +143,12 @@ def quantize_weight(
     if code == "scalar" or not paired: return scalar_quantize(w, bits, **options if code == "scalar" else {})
     return polar_quantize(w, 2*bits, pairs=not w.is_complex(), **options)
 
-# %% ../../nbs/spectral/37_container.ipynb #c8d872c4
+# %% ../../nbs/spectral/37_container.ipynb #cc74e493
 def _fits(t, min_size):
     "Whether a tensor is a matrix that is worth quantizing"
     return t.ndim >= 2 and t.numel() >= min_size and (t.is_complex() or t.is_floating_point())
 
-# %% ../../nbs/spectral/37_container.ipynb #ce01782b
+# %% ../../nbs/spectral/37_container.ipynb #c23fb699
 def relative_error(
     p,           # a quantized weight
     t:Tensor,    # the weight
@@ -158,7 +158,7 @@ def relative_error(
     w = t.detach().cpu().to(wide)
     return ((p.dequantize().to(wide) - w).norm()/w.norm().clamp_min(1e-300)).item()
 
-# %% ../../nbs/spectral/37_container.ipynb #ca5c8978
+# %% ../../nbs/spectral/37_container.ipynb #c6e6f2e4
 def quantize_model(
     model:nn.Module,           # stays as it is
     bits:float=6,              # a real weight, scales included: 6 is 5.33 times smaller than float32
