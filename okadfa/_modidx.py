@@ -1463,6 +1463,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'okadfa/spectral/container.py'),
                                            'okadfa.spectral.container._as_text': ( 'spectral/container.html#_as_text',
                                                                                    'okadfa/spectral/container.py'),
+                                           'okadfa.spectral.container._bits_per_weight': ( 'spectral/container.html#_bits_per_weight',
+                                                                                           'okadfa/spectral/container.py'),
                                            'okadfa.spectral.container._checksum': ( 'spectral/container.html#_checksum',
                                                                                     'okadfa/spectral/container.py'),
                                            'okadfa.spectral.container._entry': ( 'spectral/container.html#_entry',

@@ -183,7 +183,8 @@ def test_quantize(capsys, tmp_path, text):
     assert code == 0 and [r["bits_per_weight"] for r in rows] == [6, 3, 6] and "3 bits" in out and "6 bits" in out
     assert rows[2]["bits_per_byte_quantized"] == row["bits_per_byte_quantized"]
     assert rows[1]["bits_per_byte"] == row["bits_per_byte"]
-    for r in rows[1:]: assert r["bytes_quantized"] == (several/f"{r['bits_per_weight']:g}"/"polar.safetensors").stat().st_size
+    for r in rows[1:]:
+        assert r["bytes_quantized"] == (several/f"{r['bits_per_weight']:g}"/"polar.safetensors").stat().st_size
     scalar, plain = tmp_path/"scalar", tmp_path/"plain"
     assert call(capsys, "quantize", run, "--bits", 6, "--code", "scalar", "--out", scalar)[0] == 0
     assert (scalar/"scalar.safetensors").stat().st_size < row["bytes"]/2

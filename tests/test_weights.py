@@ -116,8 +116,9 @@ def test_scalar_extremes():
     for w in (torch.zeros(40, 50), torch.full((30, 40), 3.), randn(30, 40)*1e-20, randn(5), torch.tensor(2.)):
         got = ScalarTensor.from_bytes(scalar_quantize(w, 8).to_bytes()).dequantize()
         assert got.shape == w.shape and rel(w, got) < .03 if w.any() else not got.any()
-    for w, says in ((torch.zeros(0), "empty"), (torch.tensor([1., float("nan")]), "NaN"), 
-                    (torch.arange(4), "not supported"), (randn(4).to("meta"), "meta"), ([1.], "tensor"), (randn(4)*1e35, "rescale")):
+    for w, says in ((torch.zeros(0), "empty"), (torch.tensor([1., float("nan")]), "NaN"),
+                    (torch.arange(4), "not supported"), (randn(4).to("meta"), "meta"), ([1.], "tensor"),
+                    (randn(4)*1e35, "rescale")):
         with pytest.raises(InputError, match=says): scalar_quantize(w)
     for bits in (0, 13, "4", True):
         with pytest.raises(InputError, match="bits must"): scalar_quantize(randn(4), bits)
@@ -223,7 +224,8 @@ def test_what_a_folder_may_not_be(tmp_path, capsys):
 def test_what_is_kept_and_what_is_not(tmp_path):
     (tmp_path/"m").mkdir()
     state = {"embed.weight": randn(100, 64), "up.weight": randn(64, 65), "norm.weight": randn(5000),
-             "tiny.weight": randn(9, 9), "steps": torch.arange(9000).view(90, 100), "experts": randn(3, 40, 50), "router.weight": randn(80, 64)}
+             "tiny.weight": randn(9, 9), "steps": torch.arange(9000).view(90, 100),
+             "experts": randn(3, 40, 50), "router.weight": randn(80, 64)}
     save_file(state, tmp_path/"m"/"model.safetensors")
     r = quantize_folder(tmp_path/"m", tmp_path/"q", skip=("router",))
     got = load_quantized(tmp_path/"q")

@@ -6,7 +6,7 @@
 __all__ = ['grid_steps', 'dithered', 'load_any', 'text_nats', 'model_matrices', 'quantize_all', 'WeightsSettings', 'weights_rows',
            'weights_table', 'show_weights']
 
-# %% ../../nbs/bench/87_weights.ipynb #c8010a34
+# %% ../../nbs/bench/87_weights.ipynb #c8b0590e
 import json, math, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..spectral.bytes import ByteEncoder
 from ..spectral.container import CODES, quantize_weight
 from ..spectral.kquants import RIVALS
 
-# %% ../../nbs/bench/87_weights.ipynb #c74c1b3e
+# %% ../../nbs/bench/87_weights.ipynb #c6a7e918
 def grid_steps(
     w:Tensor,            # [... cols]
     block:int=32,        # weights that share a grid
@@ -38,9 +38,9 @@ def grid_steps(
     return torch.where(steps.isfinite(), steps, 0)
 
 def dithered(
-    w:Tensor,
-    name:str,            # of the weight, and with the seed that of its noise
-    seed:int,
+    w:Tensor,            # of any shape
+    name:str,            # of the weight; it chooses the noise
+    seed:int,            # likewise
 ) -> Tensor:
     "Weights off their grid; as they are where they lie on none"
     steps = grid_steps(w)
@@ -48,7 +48,7 @@ def dithered(
     noise = torch.rand(len(steps), w.numel()//len(steps), generator=seeded_generator(f"dither {name}", seed)) - .5
     return (w.detach() + (steps*noise).view(w.shape)).to(w.dtype)
 
-# %% ../../nbs/bench/87_weights.ipynb #c2a0b963
+# %% ../../nbs/bench/87_weights.ipynb #c921edfc
 def load_any(
     source:str,          # "smollm2-135m", a folder of `transformers`, or a run's folder
 ) -> tuple[nn.Module, Callable]:   # the model; text as bytes -> ids
@@ -84,7 +84,7 @@ def model_matrices(model:nn.Module, least:int=4096) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.numel() >= least}
     return {name: p for name, p in found.items() if not is_embedding(name)}
 
-# %% ../../nbs/bench/87_weights.ipynb #c6fbaa79
+# %% ../../nbs/bench/87_weights.ipynb #c504971c
 def _reals(w): return w.numel()*(2 if w.is_complex() else 1)
 
 def _by_rival(w, rival):
@@ -121,7 +121,7 @@ def quantize_all(
     if method in CODES: measured |= dict(coded_per_s=count/coding, decoded_per_s=count/decoding)
     return got, measured
 
-# %% ../../nbs/bench/87_weights.ipynb #c8f576bd
+# %% ../../nbs/bench/87_weights.ipynb #c9c1a732
 @dataclass(frozen=True)
 class WeightsSettings:
     "What is quantized, how, and what it is judged on"
@@ -154,7 +154,7 @@ def _jobs(s):
     for method in s.methods:
         for bits in s.bits if method in CODES else (RIVALS[method].bits,): yield method, bits
 
-# %% ../../nbs/bench/87_weights.ipynb #c5319d23
+# %% ../../nbs/bench/87_weights.ipynb #c98e5be2
 def _windows(s, encode):
     "The text's first tokens [windows n]"
     ids = encode(Path(s.data).read_bytes()[:40*s.tokens])[:s.tokens]
@@ -189,7 +189,7 @@ def weights_rows(
             say(f"{job['method']} {job['bits']:g} bits, seed {seed}: perplexity {row['perplexity']:.2f}")
             yield row
 
-# %% ../../nbs/bench/87_weights.ipynb #c83532be
+# %% ../../nbs/bench/87_weights.ipynb #ca8eeb52
 def weights_table(
     rows:list[dict],     # of one model
 ) -> list[tuple]:        # method, bits, bits measured, perplexities of all seeds, error, decoded a second

@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'EMBEDDINGS', 'INFO', 'weight_files', 'is_run', 'is_embedding', 'whole_folder', 'quantize_folder',
            'size_report', 'load_quantized', 'unpack_folder']
 
-# %% ../../nbs/models/48_folder.ipynb #c131193b
+# %% ../../nbs/models/48_folder.ipynb #c2ec16cc
 import json, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +16,13 @@ from .checkpoint import QUANTIZED
 from ..spectral.container import PolarWeights, check_code, quantize_weight, relative_error
 from ..spectral.record import DTYPES, read_tensors
 
-# %% ../../nbs/models/48_folder.ipynb #c9ead694
+# %% ../../nbs/models/48_folder.ipynb #c213c52d
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = "embed", "wte", "wpe", "lm_head", "shared.weight"      # parts of names
 _NOT_COPIED = ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"
 
 def weight_files(
-    folder:Path,
+    folder:Path,     # of a model
 ) -> list[Path]:     # in the order of their names
     "The safetensors files of a model. Raises `InputError` where there are none, or one of them is missing"
     if not folder.is_dir(): raise InputError(f"no folder {folder}")
@@ -51,7 +51,7 @@ def is_embedding(name:str) -> bool:
     "Whether a weight's name is that of an embedding or a head"
     return any(part in name for part in EMBEDDINGS)
 
-# %% ../../nbs/models/48_folder.ipynb #ce83c582
+# %% ../../nbs/models/48_folder.ipynb #c4938abc
 @contextmanager
 def whole_folder(
     out:Path,        # must not be there; folders above it are made
@@ -72,7 +72,7 @@ def _copy_others(folder, out, but=()):
         if p.is_file() and p.suffix not in _NOT_COPIED and p.name not in but and p.name[0] != ".":
             shutil.copy2(p, out/p.name)
 
-# %% ../../nbs/models/48_folder.ipynb #cd904295
+# %% ../../nbs/models/48_folder.ipynb #c74df631
 INFO = "quantized.json"
 
 def quantize_folder(
@@ -108,8 +108,9 @@ def quantize_folder(
         (part/INFO).write_text(json.dumps(info, indent=1) + "\n")
         return size_report(weights, files)
 
+# %% ../../nbs/models/48_folder.ipynb #c388b8df
 def size_report(
-    weights:PolarWeights,
+    weights:PolarWeights,      # all of them
     files:list[Path],          # that they came from
 ) -> dict:
     "Bits a weight of matrices and of embeddings, their worst errors, and bytes before and after"
@@ -122,7 +123,7 @@ def size_report(
                 kept_bytes=sum(t.nbytes for t in weights.kept.values()),
                 bytes=sum(f.stat().st_size for f in files), bytes_quantized=weights.nbytes)
 
-# %% ../../nbs/models/48_folder.ipynb #c02caa6e
+# %% ../../nbs/models/48_folder.ipynb #cfc45ed7
 def _quantized_file(folder):
     "The file of codes in a folder"
     found = [Path(folder)/name for name in QUANTIZED if (Path(folder)/name).is_file()]

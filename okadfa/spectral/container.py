@@ -63,6 +63,11 @@ def _size_rows(weights):
     return [*rows, dict(name=f"kept as they are: {len(weights.kept)}", shape=(), plain=kept, stored=kept, error=None),
             dict(name="all, with headers", shape=(), plain=weights.plain_bytes, stored=weights.nbytes, error=None)]
 
+def _bits_per_weight(tensors):
+    "Heads, scales and tables included; a complex weight counts as two"
+    reals = sum(math.prod(p.shape)*(2 if p.dtype.is_complex else 1) for p in tensors)
+    return 8*sum(len(p.to_bytes()) for p in tensors)/reals
+
 def _as_text(rows):
     "The rows as a table for people"
     lines = [f"{'shape':>12s} {'plain bytes':>12s} {'stored':>11s} {'ratio':>6s} {'error':>7s}"]
@@ -96,12 +101,8 @@ class PolarWeights:
 
     @property
     def ratio(self) -> float: return self.plain_bytes/self.nbytes
-
     @property
-    def bits_per_weight(self) -> float:
-        "Of the quantized weights, a complex one counted as two; heads, scales and tables included"
-        reals = sum(math.prod(p.shape)*(2 if p.dtype.is_complex else 1) for p in self.tensors.values())
-        return 8*sum(len(p.to_bytes()) for p in self.tensors.values())/reals
+    def bits_per_weight(self) -> float: return _bits_per_weight(self.tensors.values())    # of the quantized ones
 
     def report(self) -> list[dict]:
         "A row for each quantized weight, one for what is kept, one for all"
@@ -143,12 +144,12 @@ def quantize_weight(
     if code == "scalar" or not paired: return scalar_quantize(w, bits, **options if code == "scalar" else {})
     return polar_quantize(w, 2*bits, pairs=not w.is_complex(), **options)
 
-# %% ../../nbs/spectral/37_container.ipynb #cc74e493
+# %% ../../nbs/spectral/37_container.ipynb #cdd9700c
 def _fits(t, min_size):
     "Whether a tensor is a matrix that is worth quantizing"
     return t.ndim >= 2 and t.numel() >= min_size and (t.is_complex() or t.is_floating_point())
 
-# %% ../../nbs/spectral/37_container.ipynb #c23fb699
+# %% ../../nbs/spectral/37_container.ipynb #c4d96375
 def relative_error(
     p,           # a quantized weight
     t:Tensor,    # the weight
@@ -158,7 +159,7 @@ def relative_error(
     w = t.detach().cpu().to(wide)
     return ((p.dequantize().to(wide) - w).norm()/w.norm().clamp_min(1e-300)).item()
 
-# %% ../../nbs/spectral/37_container.ipynb #c6e6f2e4
+# %% ../../nbs/spectral/37_container.ipynb #cea525e4
 def quantize_model(
     model:nn.Module,           # stays as it is
     bits:float=6,              # a real weight, scales included: 6 is 5.33 times smaller than float32

@@ -6,14 +6,14 @@
 __all__ = ['NF4', 'RIVALS', 'round_to_nearest', 'nf4', 'search_with_offset', 'search_symmetric', 'q4_k', 'q2_k', 'q3_k', 'Rival',
            'rival_of']
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c0e93a0a
+# %% ../../nbs/spectral/29_kquants.ipynb #cfe0d949
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core import InputError
 
-# %% ../../nbs/spectral/29_kquants.ipynb #ce2a41da
+# %% ../../nbs/spectral/29_kquants.ipynb #c6684803
 def _half(x): return x.half().float()          # scales are stored in half precision
 def _over(x, d): return torch.where(d == 0, 0, x/torch.where(d == 0, 1, d))
 
@@ -33,7 +33,7 @@ def round_to_nearest(
     d = _half(largest/-top)
     return (d*_over(x, d).round().clamp(-top, top - 1)).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c29b635e
+# %% ../../nbs/spectral/29_kquants.ipynb #cc824bd4
 NF4 = (-1., -.6961928009986877, -.5250730514526367, -.39491748809814453, -.28444138169288635, -.18477343022823334,
        -.09105003625154495, 0., .07958029955625534, .16093020141124725, .24611230194568634, .33791524171829224,
        .44070982933044434, .5626170039176941, .7229568362236023, 1.)
@@ -56,7 +56,7 @@ def nf4(
     code = torch.bucketize(_over(x, a[:, None]), (values[1:] + values[:-1])/2)
     return (a[:, None]*values[code]).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #ccf80840
+# %% ../../nbs/spectral/29_kquants.ipynb #c39d82cb
 def _fit(x, q, weight):
     "Least-squares scale and offset >= 0 of x ~ scale*q - offset, for each block"
     W, sx, sq = weight.sum(-1), (weight*x).sum(-1), (weight*q).sum(-1)
@@ -71,7 +71,7 @@ def search_with_offset(
     top:int,             # largest code
     low:float,           # the first factor that is tried is `top` + low over the range
     step:float,          # and the factors rise by this
-    tries:int,
+    tries:int,           # how many factors
     weight:Tensor,       # of the errors [... block]
     power:int=2,         # of the errors: GGUF takes 1 for Q2_K
 ) -> tuple[Tensor, Tensor]:   # scales, offsets [...]
@@ -92,6 +92,7 @@ def search_with_offset(
         best_offset = torch.where(better, offset, best_offset)
     return best_scale, best_offset
 
+# %% ../../nbs/spectral/29_kquants.ipynb #c1068a99
 def search_symmetric(
     x:Tensor,            # [... block]
     top:int,             # codes are -top ... top - 1
@@ -108,7 +109,7 @@ def search_symmetric(
         best, best_scale = torch.where(gain > best, gain, best), torch.where(gain > best, scale, best_scale)
     return best_scale
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c39d5131
+# %% ../../nbs/spectral/29_kquants.ipynb #c2c55524
 def _whole(scale, top):
     "Scales of a super-block as whole multiples of a unit in half precision"
     unit = _half(scale.amax(-1, keepdim=True)/top)
@@ -141,7 +142,7 @@ def q3_k(w:Tensor) -> Tensor:
     scale = (unit*_over(scale, unit).round().clamp(-32, 31))[..., None]
     return (scale*_over(x, scale).round().clamp(-4, 3)).flatten()[:w.numel()].view(w.shape)
 
-# %% ../../nbs/spectral/29_kquants.ipynb #c9c6044d
+# %% ../../nbs/spectral/29_kquants.ipynb #c0bfbeab
 class Rival(NamedTuple):
     "A format of others"
     quantize:Callable    # weights -> what they come back as

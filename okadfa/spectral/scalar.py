@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'REACH', 'MAGIC', 'axis_scales', 'weight_classes', 'table_bytes', 'frequencies', 'Grid', 'finest_step',
            'best_grid', 'ScalarTensor', 'scalar_quantize']
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cc11436d
+# %% ../../nbs/spectral/28_scalar.ipynb #c9b965af
 import functools, math, struct, zlib
 from dataclasses import dataclass
 import numpy as np
@@ -16,7 +16,7 @@ from ..core import InputError
 from .ans import TOTAL, ans_coder
 from .record import DTYPES
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ca753420
+# %% ../../nbs/spectral/28_scalar.ipynb #c6a371da
 CLASSES = 32          # of weights; what is smaller belongs to the last
 
 def _below(rms, per_octave):
@@ -27,7 +27,7 @@ def _below(rms, per_octave):
 def axis_scales(
     w:np.ndarray,     # [rows cols]
     axes:str,         # "rows and columns", "rows", or "none"
-    per_octave:int=2,
+    per_octave:int=2,    # steps
 ) -> tuple[np.ndarray, np.ndarray]:   # steps below the largest scale, of each row and of each column; empty: none
     "What a byte a row and a byte a column say about the sizes of the weights"
     nothing = np.zeros(0, np.uint8)
@@ -50,7 +50,7 @@ def weight_classes(
     beside = cols[None, :] if len(cols) else np.zeros((1, 1), np.uint8)
     return np.broadcast_to(np.minimum(above + beside, CLASSES - 1), shape)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c742a0dc
+# %% ../../nbs/spectral/28_scalar.ipynb #c9c5c50a
 _EIGHTHS = np.array([1073741824, 984625594, 902905651, 827968132,
                      759250125, 696235434, 638450708, 585461881], np.int64)   # 2**(30 - i/8)
 
@@ -73,7 +73,7 @@ def frequencies(
     freq[len(half) - 1] += (1 << TOTAL) - freq.sum()
     return freq
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ca9e1597
+# %% ../../nbs/spectral/28_scalar.ipynb #c474e884
 REACH = 8             # root mean squares that a table reaches; what lies beyond costs 32 bits more
 
 class Grid:
@@ -110,9 +110,9 @@ class Grid:
             total += inside @ half[:-1] + beyond*(half[-1] + 32) + 8*len(inside) + 16
         return total
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ceeb19e0
+# %% ../../nbs/spectral/28_scalar.ipynb #c1906b41
 def finest_step(
-    grid:Grid,
+    grid:Grid,            # of the matrix
     budget:float,         # bits
 ) -> float:
     "The finest step found whose bits keep to the budget"
@@ -141,11 +141,12 @@ def best_grid(
     best = min(grids, key=lambda g: g.bits(step))
     return best, finest_step(best, budget)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c0c12731
+# %% ../../nbs/spectral/28_scalar.ipynb #c67039bc
 MAGIC = b"oks1"
 _HEAD = struct.Struct("<4sIBBfdd6I")       # magic, crc of the rest, type, axes, bits, step, gain; sizes of the arrays
 _ARRAYS = dict(rows="<u1", cols="<u1", lengths="<u2", tables="<u1", beyond="<f4", words="<u4")
 
+# %% ../../nbs/spectral/28_scalar.ipynb #ca44e9cc
 @dataclass(frozen=True, eq=False)
 class ScalarTensor:
     "A weight in scalar codes. Made by `scalar_quantize`"
@@ -184,7 +185,7 @@ class ScalarTensor:
         shape, bits = "x".join(map(str, self.shape)), 8*self.nbytes/self.weights
         return f"ScalarTensor({shape} {str(self.dtype)[6:]}, {bits:.2f} bits a weight)"
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c236f936
+# %% ../../nbs/spectral/28_scalar.ipynb #c7bb0b34
 def _unpack(data):
     "The fields of a record by name"
     if len(data) < _HEAD.size or data[:4] != MAGIC: raise InputError("these are not the bytes of a ScalarTensor")
@@ -203,7 +204,7 @@ def _matrix_shape(shape, dtype):
     cols = (shape[-1] if shape else 1)*(2 if dtype.is_complex else 1)
     return math.prod(shape)*(2 if dtype.is_complex else 1)//cols, cols
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ccd5edd9
+# %% ../../nbs/spectral/28_scalar.ipynb #c94dcd36
 def _encode(grid, step, impl):
     "Gain and arrays of a record"
     coder, counts, beyond, got, power = ans_coder(impl=impl), grid.tables(step), [], 0., 0.
@@ -238,7 +239,7 @@ def _dequantize(p, impl="auto"):
     if p.dtype.is_complex: w = torch.view_as_complex(w.view(-1, 2))
     return w.to(p.dtype).view(p.shape)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cac00b14
+# %% ../../nbs/spectral/28_scalar.ipynb #ca5a8544
 def _checked(w, bits):
     "A real matrix [rows cols] in float64"
     if not isinstance(w, Tensor): raise InputError(f"w must be a tensor, got {type(w).__name__}")
