@@ -68,7 +68,13 @@ bytes:     ## a byte model of both mixers in turn on WikiText-2, beside compress
 	@test -n '$(filter-out $(BIN)/okadfa,$(OKADFA))' || $(MAKE) --no-print-directory $(READY)
 	$(OKADFA) train --data $(DATA) --mixer spectral+softmax --credit bp --ortho 0 $(BYTES) --out runs/bytes --results results/bytes.jsonl
 	$(OKADFA) benchmark compression runs/bytes --data $(DATA) --stride 256 --out results
-	$(OKADFA) quantize runs/bytes --bits 6,8,11.7,12 --split test --out runs/bytes-quantized --results results
+	$(OKADFA) quantize runs/bytes --bits 3,4,5.85,6 --split test --out runs/bytes-quantized --results results
+
+# Some hours on one core; finished rows are skipped. Another model: make weights WEIGHTS='runs/bytes --window 128 --tokens 65536'
+WEIGHTS   ?= --seeds 0,1,2
+VALID     ?= $(DATA)/valid.txt
+weights: $(READY)  ## perplexity beside bits a weight: ours, NF4, k-quants; rows appended to results/weights.jsonl
+	$(BIN)/okadfa benchmark weights $(WEIGHTS) --data $(VALID) --rows results/weights.jsonl --out results
 
 # Hours on two cores. It may be stopped and started at will: finished rows are skipped, and a second `make ablate` beside the first shares the work.
 LRS       ?= 3e-3,6e-3,1e-2
@@ -95,4 +101,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext bytes ablate gpu figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext bytes weights ablate gpu figures clean

@@ -162,13 +162,15 @@ def test_quantize(capsys, tmp_path, text):
     for args, says in (
         (["--out", run], "exists"),
         (["--out", small, "--bits", 40], "bits must be"),
-        (["--out", small, "--bits", "12,40"], "bits must be"),
+        (["--out", small, "--bits", "6,40"], "bits must be"),
+        (["--out", small, "--bits", 12], "one real weight"),
+        (["--out", small, "--code", "octal"], "polar or scalar"),
         (["--out", small, "--bits", "few"], "bits must be"),
         (["--out", small, "--bits", ","], "bits must be"),
         (["--out", small, "--split", "tests"], "split"),
         (["--out", small, "--data", "nowhere"], "nowhere")):
         refused(capsys, tmp_path, "quantize", run, *args, says=says)
-    code, out, err = call(capsys, "quantize", run, "--out", small, "--results", results)
+    code, out, err = call(capsys, "quantize", run, "--bits", 6, "--out", small, "--results", results)
     assert code == 0, err
     row, packed = json.loads((results/"quantize.jsonl").read_text()), small/"polar.safetensors"
     assert row["bytes_quantized"] == packed.stat().st_size < row["bytes"]/2
@@ -177,12 +179,18 @@ def test_quantize(capsys, tmp_path, text):
     assert abs(got - row["bits_per_byte_quantized"]) < 1e-6
     assert 0 < abs(got - row["bits_per_byte"]) < 0.05      # another model, and hardly worse
     assert call(capsys, "generate", small, "--prompt", "The ", "--tokens", 5)[0] == 0
-    code, out, err = call(capsys, "quantize", run, "--bits", "6, 12", "--out", several, "--results", results)
+    code, out, err = call(capsys, "quantize", run, "--bits", "3, 6", "--out", several, "--results", results)
     rows = [json.loads(line) for line in (results/"quantize.jsonl").read_text().splitlines()]
-    assert code == 0 and [r["bits"] for r in rows] == [12, 6, 12] and "6 bits" in out and "12 bits" in out
+    assert code == 0 and [r["bits_per_weight"] for r in rows] == [6, 3, 6] and "3 bits" in out and "6 bits" in out
     assert rows[2]["bits_per_byte_quantized"] == row["bits_per_byte_quantized"]
     assert rows[1]["bits_per_byte"] == row["bits_per_byte"]
-    for r in rows[1:]: assert r["bytes_quantized"] == (several/f"{r['bits']:g}"/"polar.safetensors").stat().st_size
+    for r in rows[1:]:
+        assert r["bytes_quantized"] == (several/f"{r['bits_per_weight']:g}"/"polar.safetensors").stat().st_size
+    scalar, plain = tmp_path/"scalar", tmp_path/"plain"
+    assert call(capsys, "quantize", run, "--bits", 6, "--code", "scalar", "--out", scalar)[0] == 0
+    assert (scalar/"scalar.safetensors").stat().st_size < row["bytes"]/2
+    assert call(capsys, "quantize", small, "--unpack", "--out", plain)[0] == 0
+    assert abs(json.loads(call(capsys, "evaluate", plain, "--json")[1])["bits_per_byte"] - got) < 1e-6
     packed.write_bytes(packed.read_bytes()[:-10])
     assert "polar.safetensors" in refused(capsys, tmp_path, "evaluate", small, says="okadfa: ")
 

@@ -34,7 +34,8 @@ def save_model(
     save_config(model, folder, **info)
 
 # %% ../../nbs/models/52_checkpoint.ipynb #c26e4050
-WEIGHTS = "model.safetensors", "polar.safetensors"
+QUANTIZED = "polar.safetensors", "scalar.safetensors"       # named by their code
+WEIGHTS = "model.safetensors", *QUANTIZED
 
 def _find_checkpoint(given:Path) -> Path:
     "The folder with the files: this one, or one inside a run"
@@ -59,7 +60,7 @@ def _read_weights(folder:Path) -> dict[str, torch.Tensor]:
     path = folder/"model.safetensors"
     if not path.is_file():
         from okadfa.spectral.container import PolarWeights
-        return PolarWeights.load(folder/"polar.safetensors").state_dict()
+        return PolarWeights.load(next(folder/n for n in QUANTIZED if (folder/n).is_file())).state_dict()
     try: return load_file(path)
     except SafetensorError as e: raise InputError(f"{path} is damaged: {e}") from None
 
@@ -84,14 +85,15 @@ def load_model(
 def save_quantized(
     model:LanguageModel,  # stays as it is
     folder:str|Path,      # made where missing
-    bits:float=12,        # a pair of weights, see `polar_quantize`
+    bits:float=6,         # a real weight, see `quantize_model`
     weights=None,         # of `quantize_model`, if that is done
+    code:str="polar",     # or "scalar": the file is named by it
     **info,               # see `save_config`
 ):                        # `PolarWeights`: what each weight takes, and its error
-    "Write `polar.safetensors` and `config.json`. Raises `InputError` before anything is written"
+    "Write the quantized weights and `config.json`. Raises `InputError` before anything is written"
     from okadfa.spectral.container import quantize_model
-    if weights is None: _, weights = quantize_model(model, bits)
+    if weights is None: _, weights = quantize_model(model, bits, code=code)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    weights.save(folder/"polar.safetensors")
+    weights.save(folder/f"{code}.safetensors")
     save_config(model, folder, **info)
     return weights

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_HELP', 'TOKENIZER_HELP', 'path_option', 'training_settings', 'whole_paths', 'flag_names', 'train_command',
            'run_training', 'append_training_row', 'print_summary', 'load_checkpoint', 'load_split', 'evaluate_command',
-           'generate_command', 'quantize_command', 'write_quantized', 'quantized_row', 'print_quantized']
+           'generate_command', 'quantize_command', 'write_quantized', 'quantized_row', 'row_bits', 'print_quantized']
 
 # %% ../../nbs/run/74_commands.ipynb #c4909241
 import dataclasses, json
@@ -195,65 +195,97 @@ def generate_command(checkpoint, prompt, tokens, temperature, top_k, seed, token
 # %% ../../nbs/run/74_commands.ipynb #cfeafa90
 @click.command("quantize", cls=Command)
 @_checkpoint
-@click.option("--bits", default="12", show_default=True,
-              help="of a pair of weights, which are 64 bits as they are; several, as 8,12, make a folder in --out each")
-@path_option("--out", required=True, help="folder of the quantized checkpoint; must be new")
+@click.option("--bits", default="4.5", show_default=True,
+              help="of one weight, scales included; several, as 4,6, make a folder in --out each")
+@click.option("--code", default="polar", show_default=True, help="polar | scalar")
+@path_option("--out", required=True, help="folder of the quantized model; must be new")
+@click.option("--unpack", is_flag=True, help="the way back: CHECKPOINT is quantized, --out gets plain safetensors")
+@click.option("--embedding-bits", type=float, default=8, show_default=True,
+              help="of embeddings and heads, in a folder that is no run")
 @_data
-@click.option("--split", default="valid", show_default=True, help="what both are judged on: train, valid or test")
+@click.option("--split", default="valid", show_default=True, help="what a run is judged on: train, valid or test")
 @_moved
 @_cache
-@path_option("--results", help="append the measured rows to this folder's quantize.jsonl")
-def quantize_command(checkpoint, bits, out, data, split, tokenizer, cache, results):
-    """Write CHECKPOINT (a run's folder) with polar weights of so many bits a pair, and show what that costs.
+@path_option("--results", help="append the measured rows of a run to this folder's quantize.jsonl")
+def quantize_command(checkpoint, bits, code, out, unpack, embedding_bits, results, **source):
+    """Write CHECKPOINT with so many bits a weight: a run's folder, or any folder of safetensors.
 
     \b
     Examples:
-      okadfa quantize runs/bytes --out runs/bytes-12
-      okadfa quantize runs/bytes --bits 6,8,12 --split test --out runs/small
+      okadfa quantize runs/bytes --out runs/bytes-small
+      okadfa quantize runs/bytes --bits 3,4,6 --split test --out runs/small
+      okadfa quantize SmolLM2-135M --bits 4.5 --out smol-small
+      okadfa quantize smol-small --unpack --out smol-plain
     """
-    from okadfa.run.evaluate import evaluate
-    from okadfa.spectral.container import quantize_model
+    from okadfa.models.folder import is_run, quantize_folder, unpack_folder
     if out.exists(): raise InputError(f"{out} exists: choose another --out")
+    if unpack: return click.echo(f"{out}: {', '.join(unpack_folder(checkpoint, out))}")
     sizes = tuple(dict.fromkeys(read_list("bits", bits, float)))
     if not sizes: raise InputError("bits must be a number, or several separated by commas")
+    if is_run(checkpoint): return _quantize_run(checkpoint, sizes, code, out, results, **source)
+    if len(sizes) > 1: raise InputError("a folder of safetensors takes one size at a time")
+    _print_folder(quantize_folder(checkpoint, out, sizes[0], code, embedding_bits, say=click.echo), out)
+
+# %% ../../nbs/run/74_commands.ipynb #cb17417e
+def _quantize_run(checkpoint, sizes, code, out, results, data, split, tokenizer, cache):
+    "Quantize a model of ours at several sizes, judge each, and print what that costs"
+    from okadfa.run.evaluate import evaluate
+    from okadfa.spectral.container import quantize_model
     model, tok, info = load_checkpoint(checkpoint, tokenizer)
     text, name = load_split(data, info, tok, split, cache)
-    made = {b: quantize_model(model, b)[1] for b in sizes}
+    made = {b: quantize_model(model, b, code=code)[1] for b in sizes}
     def judge(m): return evaluate(m, text, tok.bos_id, info.get("seq_len"))["bits_per_byte"]
-    before, after = judge(model), write_quantized(model, made, out, info, judge)
-    rows = [quantized_row(b, w, before, after[b], info) | dict(split=split, data=name) for b, w in made.items()]
+    before, after = judge(model), write_quantized(model, made, out, info, judge, code)
+    rows = [quantized_row(b, w, before, after[b], info) | dict(code=code, split=split, data=name)
+            for b, w in made.items()]
     if results:
         for row in rows: append_row(results/"quantize.jsonl", row)
     print_quantized(rows, out)
 
+def _print_folder(r, out):
+    "What became of a folder"
+    click.echo(f"{r['matrices']} matrices: {r['bits_per_weight']:.3f} bits a weight, worst error {r['error']:.2%}"
+               if r["matrices"] else "no matrices but embeddings")
+    if r["embeddings"]:
+        click.echo(f"{r['embeddings']} embeddings and heads: {r['embedding_bits']:.3f} bits a weight, "
+                   f"worst error {r['embedding_error']:.2%}")
+    click.echo(f"kept as they are: {r['kept_bytes']:,} bytes")
+    click.echo(f"{out}: {r['bytes']:,} bytes of weights are now {r['bytes_quantized']:,}, "
+               f"{r['bytes']/r['bytes_quantized']:.2f} times smaller")
+
 # %% ../../nbs/run/74_commands.ipynb #c51fa13a
 def write_quantized(
     model,           # as it is
-    made:dict,       # bits of a pair -> its quantized weights
+    made:dict,       # bits a weight -> its quantized weights
     out:Path,        # one size: its folder; several: a folder with one for each
     info:dict,       # of the checkpoint
     judge,           # model -> bits per byte
-) -> dict:           # bits of a pair -> bits per byte of what was read back
+    code="polar",    # or "scalar"
+) -> dict:           # bits a weight -> bits per byte of what was read back
     "A folder for each size"
     from okadfa.models.checkpoint import load_model, save_quantized
     folders = {b: out if len(made) == 1 else out/f"{b:g}" for b in made}
     rest = {k: v for k, v in info.items() if k != "model"}
-    for b, weights in made.items(): save_quantized(model, folders[b], weights=weights, **rest)
+    for b, weights in made.items(): save_quantized(model, folders[b], weights=weights, code=code, **rest)
     return {b: judge(load_model(folder, default_device())[0]) for b, folder in folders.items()}
 
 def quantized_row(bits:float, weights, before:float, after:float, info:dict) -> dict:
     "What was measured of one size"
-    return dict(kind="quantize", bits=bits, model=info["model"], step=info.get("step"), bits_per_byte=before,
-                bits_per_byte_quantized=after, bytes=weights.plain_bytes, bytes_quantized=weights.nbytes,
-                errors=weights.errors)
+    return dict(kind="quantize", bits_per_weight=bits, measured_bits=weights.bits_per_weight, model=info["model"],
+                step=info.get("step"), bits_per_byte=before, bits_per_byte_quantized=after, bytes=weights.plain_bytes,
+                bytes_quantized=weights.nbytes, errors=weights.errors)
+
+def row_bits(row:dict) -> float:
+    "Bits a weight of a row of quantize.jsonl. Rows before version 0.2 hold those of a pair, as `bits`"
+    return row["bits_per_weight"] if "bits_per_weight" in row else row["bits"]/2
 
 def print_quantized(rows:list[dict], out:Path) -> None:
     "One column a size"
     from rich.console import Console
     from rich.table import Table
-    table, r = Table(title=str(out), caption="bits of a pair of weights"), rows[0]
+    table, r = Table(title=str(out), caption="bits of one weight, scales included"), rows[0]
     table.add_column("")
-    for name in ("before", *(f"{x['bits']:g} bits" for x in rows)): table.add_column(name, justify="right")
+    for name in ("before", *(f"{row_bits(x):g} bits" for x in rows)): table.add_column(name, justify="right")
     after = [f"{x['bits_per_byte_quantized']:.4f}" for x in rows]
     table.add_row(f"bits per byte, {r['split']}", f"{r['bits_per_byte']:.4f}", *after)
     table.add_row("bytes on disk", f"{r['bytes']:,}", *(f"{x['bytes_quantized']:,}" for x in rows))

@@ -59,6 +59,12 @@ class _Hexagons:
         self.place[self.a, self.b] = np.arange(len(self.a)) - np.repeat(first, count)
         self.edges = self.phases.cumsum()*(3**.5/(2*math.pi))          # squared magnitude where a shell ends
 
+    def levels(self, z):
+        "Shell of the nearest point, -1 beyond the radius: what the bits depend on"
+        p, q = _round_to_hexagon(z)
+        N = p*p + p*q + q*q
+        return np.where(N > self.radius**2, -1, self.shell[np.minimum(N, self.radius**2).astype(np.int64)])
+
     def codes(self, z):
         "Shell and place of the nearest point; shell -1 beyond the radius"
         p, q = _round_to_hexagon(z)
@@ -92,6 +98,11 @@ class _Rings:
         k, self.radius = np.arange(radius + 1), radius
         self.phases, self.edges = np.maximum(1, 6*k), (k + .5)**2
         self.radii = k*arc_mean(self.phases)
+
+    def levels(self, z):
+        "Ring of each number, -1 beyond the radius"
+        ring = np.rint(np.abs(z))
+        return np.where(ring > self.radius, -1, ring).astype(np.int64)
 
     def codes(self, z):
         "Ring and phase of each number; ring -1 beyond the radius"

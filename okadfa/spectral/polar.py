@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..core import InputError, seeded_generator
 from ..kernels.polar import pack_codes, polar_points, unpack_codes
-from .entropy import decode, encode_within
+from .entropy import decode, encode_within, points_at
 from .points import POINTS, arc_mean
 from .record import DTYPES, METHODS, PolarRecord, read_record, tensor_file, write_whole
 
@@ -168,7 +168,7 @@ def _dequantize(p):
     if not p.entropy_coded: return polar_points(*p.packed(), bits=int(p.bits), group=p.group, cols=p.cols)
     points = POINTS[p.method](p.numbers["radius"])
     level, phase = (x.flatten().numpy() for x in p.codes())
-    z = points.points(np.maximum(level, 0), phase)*(p.numbers["step"]*p.numbers["gain"])
+    z = points_at(points, np.maximum(level, 0), phase, p.numbers["levels"])*(p.numbers["step"]*p.numbers["gain"])
     z[level < 0] = p.arrays["beyond"]
     return torch.from_numpy(z)
 
@@ -289,11 +289,13 @@ def polar_quantize(
     group:int|None=None,     # weights that share a scale; None: 1,024 with variable length, 256 along a row with fixed
     level_bits:int|None=None,   # of the magnitude, for `lloyd`, `log` and `uniform`; None: two fewer than the phase
     seed:int=0,              # of the rotation
+    coder:str="stack",       # of variable length: "stack", fast by `constriction`, or "lanes", which old files hold
 ) -> PolarTensor:
     """Quantize. Raises `InputError` for w that is real, empty, or not finite, and for options out of range.
 
     With variable length the saved file takes at most `bits` a weight, all included, from about 3,000 weights on."""
     _check_options(method, bits, group, level_bits, seed)
+    if coder not in ("stack", "lanes"): raise InputError(f"coder must be stack or lanes, got {coder!r}")
     z, entropy = _checked(w, pairs), method in POINTS
     if rotate is None: rotate = not entropy
     if entropy: z = z.reshape(1, -1)
@@ -302,4 +304,5 @@ def polar_quantize(
     def stored(numbers, arrays):
         return PolarTensor(tuple(w.shape), w.dtype, method, float(bits), group, bool(rotate), seed, numbers, arrays)
     if not entropy: return stored({}, _quantize_fixed(z.numpy(), method, int(bits), group, level_bits))
-    return stored(*encode_within(z.numpy().reshape(-1), method, bits, group, lambda *empty: stored(*empty).nbytes))
+    def file_size(numbers, arrays): return stored(numbers, arrays).nbytes
+    return stored(*encode_within(z.numpy().reshape(-1), method, bits, group, file_size, coder))
