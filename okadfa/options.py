@@ -89,7 +89,8 @@ APART = "Research switches, which a first run does not need:"
 
 class Command(click.Command):
     "A command with options under headings, plug-ins, and no empty values"
-    def __init__(self, *args,
+    def __init__(self,
+        *args,                       # of `click.Command`
         apart:tuple[str, ...]=(),    # headings that come last, as a first user needs nothing below them
         **kwargs,                    # of `click.Command`
     ):

@@ -16,7 +16,7 @@ from okadfa.run.generate import generate
 from okadfa.spectral.bytes import ByteEncoder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-SIZE = dict(vocab_size=31, d_model=32, n_heads=2, n_layers=2, max_len=24, credit="bp")
+SIZE = dict(vocab_size=31, d_model=32, n_heads=2, n_layers=2, max_len=24, credit="bp", embed_std=0.1)
 KINDS = [*(dict(mixer=m) for m in MIXERS), dict(mixer="favor", local=True), dict(mixer="favor", features="hedgehog"),
          dict(mixer="spectral+softmax", enhancements="rope+glu+phase+scales", gating="single")]
 PROSE = b"The quick brown fox jumps over the lazy dog, and then it sleeps.\n"*40
@@ -29,7 +29,7 @@ def small(**fields) -> OkadfaForCausalLM:
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.lm.blocks.parameters():
-            if p.ndim > 1: p.add_(torch.randn(p.shape, generator=g), alpha=0.3)
+            if p.ndim > 1: p.add_(torch.randn(p.shape, generator=g), alpha=0.6)
     return model
 
 def tensors(model) -> dict: return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -103,10 +103,9 @@ def padded():
 @pytest.mark.parametrize("fields", KINDS, ids=str)
 def test_generate_gives_our_tokens(fields):
     model, (ids, mask) = small(**fields), padded()
-    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=50, suppress_tokens=[BOS])[:, ids.shape[1]:]
-    for row, prompt in zip(theirs.tolist(), PROMPTS):
-        ours = generate(model.lm, prompt, 50, BOS, temperature=0)
-        assert row == ours and len(set(ours)) > 3            # 58 tokens: beyond max_len=24, several times
+    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=36, suppress_tokens=[BOS])[:, ids.shape[1]:]
+    ours = [generate(model.lm, prompt, 36, BOS, temperature=0) for prompt in PROMPTS]      # beyond max_len=24, twice
+    assert theirs.tolist() == ours and len({tuple(o) for o in ours}) == 3 and len(set(sum(ours, []))) > 4
 
 def test_a_prompt_that_is_too_long():
     model, prompt = small(), torch.randint(30, (1, 40)).tolist()[0]
@@ -234,24 +233,22 @@ def test_no_figures_of_another_step(run, tmp_path):
 FRESH = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-remote = sys.argv[2] == "remote"
-if not remote: import okadfa.models.export
-config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=remote)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=remote)
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tok = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tok("The quick", return_tensors="pt")
 print(tok.decode(model.generate(**ids, max_new_tokens=80)[0], skip_special_tokens=True))
 model.save_pretrained(sys.argv[1] + "-again")
-again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=remote)
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
 assert type(again).__name__ == type(model).__name__ and again.config.lm_config == model.config.lm_config
 """
 
-@pytest.mark.parametrize("way", ["import", "remote"])
-def test_a_fresh_process_says_what_okadfa_generate_says(capsys, tmp_path, run, folder, way):
+def test_a_fresh_process_says_what_okadfa_generate_says(capsys, tmp_path, run, folder):
+    "By the folder's own file; the other tests load it after `import okadfa.models.export`"
     import shutil
     shutil.copytree(folder, tmp_path/"m")
     env = clean_env(ROOT) | dict(HF_HOME=str(tmp_path/"hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path/"m"), way], env=env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path/"m")], env=env, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2000:]
     capsys.readouterr()
     okadfa("generate", run, "--prompt", "The quick", "--tokens", 80, "--temperature", 0)
@@ -259,7 +256,7 @@ def test_a_fresh_process_says_what_okadfa_generate_says(capsys, tmp_path, run, f
     assert (tmp_path/"m-again"/"modeling_okadfa.py").read_text() == MODELING
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "okadfa", None)
+    monkeypatch.setitem(sys.modules, "okadfa.models", None)
     with pytest.raises(ImportError, match="pip install okadfa"): exec(MODELING, {})
 
 def test_refusals_leave_nothing(capsys, run, folder, tmp_path):
@@ -354,20 +351,15 @@ def test_trainer(tmp_path, credit):
     for k, x in tensors(model).items(): assert torch.equal(x, tensors(again)[k]), k
 
 def test_push_to_hub(monkeypatch, tmp_path, folder, pair):
-    import huggingface_hub
     import transformers.utils.hub as hub
+    from huggingface_hub import HfApi
     sent = {}
-    def commit(repo_id, operations, **kw):
+    def commit(self, repo_id, operations, **kw):
         sent.update({op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in operations})
-        return types.SimpleNamespace(commit_url="", oid="")
-    api = types.SimpleNamespace(repo_id="me/m")
-    for where in (hub, huggingface_hub):
-        for name, f in dict(create_repo=lambda *a, **k: api, create_branch=lambda *a, **k: None, create_commit=commit,
-                            list_repo_tree=lambda *a, **k: []).items():
-            if hasattr(where, name): monkeypatch.setattr(where, name, f)
-    if hasattr(hub, "create_and_tag_model_card"):
-        card = types.SimpleNamespace(save=lambda path: None)
-        monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: card)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kw: types.SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    card = types.SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **kw: card)
     monkeypatch.chdir(tmp_path)
     pair[0].push_to_hub("me/m"); pair[1].push_to_hub("me/m")
     assert {"config.json", "model.safetensors", "modeling_okadfa.py", "tokenizer.json"} <= sent.keys()
@@ -392,8 +384,8 @@ def test_lm_eval(monkeypatch, tmp_path, pair):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    rows = [dict(question="The quick brown", choices=[" fox jumps", " zzq##wwv"], answer=0),
-            dict(question="over the lazy", choices=[" QQQQQQQ", " dog, and"], answer=1)]*3
+    rows = [dict(question="The quick brown", choices=["fox jumps", "zzq##wwv"], answer=0),
+            dict(question="over the lazy", choices=["QQQQQQQ", "dog, and"], answer=1)]*3
     (tmp_path/"fox.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path/"fox.yaml").write_text(TASK.format(file=tmp_path/"fox.jsonl"))
     judged = HFLM(pretrained=pair[0], tokenizer=pair[1], add_bos_token=True, batch_size=2, device="cpu")
