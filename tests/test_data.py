@@ -1,14 +1,16 @@
 """Text, tokens and windows: grids of sizes, damaged and missing input, the hub without a network, the real files where
 they are"""
-import json, math, os, re, subprocess, sys, types
+import json, math, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from okadfa.core import InputError
 from okadfa.run import data as D
 from okadfa.run.data import Split, TrainWindows, count_words, eval_batches, load_corpus, load_tokenizer, perplexities
 from okadfa.spectral.bytes import ByteEncoder
+from pyarrow import parquet
 
 DATA = Path(os.environ.get("OKADFA_DATA") or Path(__file__).resolve().parents[2]/"shared"/"data")
 BOS = 60_000
@@ -242,32 +244,39 @@ def test_hub_rows_become_the_original_bytes(tmp_path, monkeypatch):
     original = {k: f" \n = {k} = \n \n Some <unk> text @-@ é . \n \n \n".encode()
                 for k in ("train", "validation", "test")}
     asked = []
-    def load_dataset(*args):
-        asked.append(args)
-        rows = {k: [r if r.strip() else "" for r in b.decode().splitlines(keepends=True)] for k, b in original.items()}
-        return {k: {"text": r} for k, r in rows.items()}
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(D, "hub_reachable", lambda: True)
+    def snapshot_download(repo, *, allow_patterns, **kw):
+        asked.append((repo, allow_patterns, kw))
+        folder = tmp_path/"hub"/allow_patterns.split("/")[0]
+        folder.mkdir(parents=True)
+        for k, b in original.items():
+            rows = [r if r.strip() else "" for r in b.decode().splitlines(keepends=True)]
+            for i, part in enumerate((rows[:2], rows[2:])):                 # a large split is several files
+                parquet.write_table(pyarrow.table(dict(text=part)), folder/f"{k}-{i:05}-of-00002.parquet")
+        return str(tmp_path/"hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    online = []
+    monkeypatch.setattr(D, "hub_reachable", lambda: online.append(1) or len(online) < 2)
     monkeypatch.chdir(tmp_path)
     for name in ("wikitext-2", "wikitext-103"):
         c = load_corpus(name, cache=tmp_path/"c")
         assert c.name == name and list(c.splits) == ["train", "valid", "test"]
         for k, s in c.splits.items():
             assert c.tokenizer.decode_bytes(s.tokens) == original[dict(valid="validation").get(k, k)]
-    assert asked == [("Salesforce/wikitext", "wikitext-2-v1"), ("Salesforce/wikitext", "wikitext-103-v1")]
+    for (repo, files, kw), name, local in zip(asked, ("wikitext-2-v1", "wikitext-103-v1"), (False, True)):
+        assert (repo, files) == ("Salesforce/wikitext", f"{name}/*")
+        assert kw == dict(repo_type="dataset", local_files_only=local)
 
 OFFLINE = """
 import sys, time
 from okadfa.core import InputError
 from okadfa.run.data import load_corpus, load_tokenizer
 assert not {"datasets", "transformers", "matplotlib"} & set(sys.modules), "heavy imports"
-import datasets, transformers
+import huggingface_hub, transformers
 for f, a in ((load_corpus, "wikitext-2"), (load_tokenizer, "gpt2"), (load_tokenizer, "some/name")):
     t = time.time()
     try: f(a)
     except InputError as e: print(f"{time.time() - t:.1f}|{e}")
-import huggingface_hub
-assert not (datasets.config.HF_HUB_OFFLINE or huggingface_hub.constants.HF_HUB_OFFLINE), "left offline"
+assert not huggingface_hub.constants.HF_HUB_OFFLINE, "left offline"
 """
 
 def test_no_network_is_one_quick_line(tmp_path):

@@ -7,11 +7,12 @@ __all__ = ['data_id', 'claim', 'finish_training', 'judge', 'rows_by_key', 'execu
            'choose_rules', 'plan_sweeps', 'Pace', 'run_first', 'run_plan', 'status']
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000003
-import fcntl, math, shutil, time
+import math, shutil, time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from filelock import FileLock, Timeout
 from ..bench.measure import reset_peak_memory
 from ..core import InputError, append_row, default_device
 from ..dfa.diagnostics import NonFiniteError
@@ -38,10 +39,11 @@ def data_id(
 def claim(path:Path):
     "Yield whether this process has got the run; the claim ends with the block or with the process"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: yield False; return
-        yield True
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout: yield False; return
+    try: yield True
+    finally: lock.release()
 
 # %% ../../nbs/run/65_ablate.ipynb #cc9d5e93
 def finish_training(
@@ -96,7 +98,7 @@ def execute(
         if not own_peak: row["peak_mib"] = None
         row = append_row(results/"ablate.jsonl", row)
         _remove(folder)
-        lock.unlink()
+    with suppress(OSError): lock.unlink()     # Windows keeps a file that another process has just opened
     return row
 
 # %% ../../nbs/run/65_ablate.ipynb #c0000019

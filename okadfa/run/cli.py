@@ -16,7 +16,7 @@ from .. import bench
 from ..bench.measure import BENCHMARKS, run_benchmark
 from ..models.lm import PRESETS, LMConfig
 from .commands import DATA_HELP, TOKENIZER_HELP, evaluate_command, generate_command, path_option
-from .commands import quantize_command, train_command, whole_paths
+from .commands import export_command, quantize_command, train_command, whole_paths
 from ..options import Command, FieldOption, load_plugin, plugins_of, read_list
 from .sweeps import DEFAULTS, QUICK, SWEEPS, rules_of, titles_of
 from .train import TrainConfig
@@ -41,12 +41,14 @@ def cli():
       okadfa train --data wikitext-2 --tokenizer gpt2 --steps 100 --out runs/bp --mixer softmax --credit bp --ortho 0
       okadfa evaluate runs/okadfa --split test
       okadfa generate runs/okadfa --prompt "The game"
+      okadfa export runs/okadfa my-model
 
     Every command takes --plugin FILE.py, a file that registers mixers, credit rules, kinds of feedback, estimators or
     benchmarks of your own.
     """
 
-for _command in (train_command, evaluate_command, quantize_command, generate_command): cli.add_command(_command)
+for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command):
+    cli.add_command(_command)
 
 # %% ../../nbs/run/66_cli.ipynb #c000000a
 def _check_attention():
@@ -80,7 +82,7 @@ SELF_CHECKS = {"linear attention equals its definition": _check_attention,
                "chunked loss equals cross-entropy": _check_loss, "block 1 receives exactly B_1 delta": _check_feedback}
 
 # %% ../../nbs/run/66_cli.ipynb #c219d1ba
-PACKAGES = "accelerate", "datasets", "transformers", "safetensors", "tensorboard", "click", "rich", "matplotlib"
+PACKAGES = "accelerate", "huggingface_hub", "transformers", "safetensors", "tensorboard", "click", "rich", "matplotlib"
 
 def self_check(say) -> int:
     "Run the checks, a line each; how many failed"

@@ -9,7 +9,6 @@ __all__ = ['embedded_corpus', 'pieces', 'token_dtype', 'SubwordTokenizer', 'hub_
 # %% ../../nbs/run/60_data.ipynb #c0000003
 import hashlib, json, math, operator, os, re, ssl, tempfile, urllib.error, urllib.request, zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -118,18 +117,6 @@ def hub_reachable(
     return True
 
 # %% ../../nbs/run/60_data.ipynb #c0488979
-@contextmanager
-def _hub_offline():
-    "Let the hub's libraries look at downloaded files only"
-    # They read the variable when they are imported, so what it set is set here
-    import datasets, huggingface_hub
-    flags = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
-    old = [getattr(*f) for f in flags]
-    for f in flags: setattr(*f, True)
-    try: yield
-    finally:
-        for f, v in zip(flags, old): setattr(*f, v)
-
 def _first_line(e:BaseException) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 # %% ../../nbs/run/60_data.ipynb #c5c9183f
@@ -253,13 +240,21 @@ _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "val
               test=("test.txt", "wiki.test.tokens"))
 _hub = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
 
+def _read_rows(folder:Path, split:str) -> list[str]:
+    "The rows of a split, which may be several Parquet files"
+    from pyarrow import parquet
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files: raise OSError(f"no {split}-*.parquet in {folder}")
+    return [row for f in files for row in parquet.read_table(f, columns=["text"])["text"].to_pylist()]
+
 def _read_hub(name:str) -> dict[str, bytes]:
     online = hub_reachable()
     try:
-        with nullcontext() if online else _hub_offline():
-            from datasets import load_dataset
-            ds = load_dataset("Salesforce/wikitext", _hub[name])
-        return {k: join_rows(ds["validation" if k == "valid" else k]["text"]) for k in _files}
+        from huggingface_hub import snapshot_download
+        folder = snapshot_download("Salesforce/wikitext", repo_type="dataset", allow_patterns=f"{_hub[name]}/*",
+                                   local_files_only=not online)
+        rows = {k: _read_rows(Path(folder)/_hub[name], "validation" if k == "valid" else k) for k in _files}
+        return {k: join_rows(r) for k, r in rows.items()}
     except Exception as e:      # the libraries below raise a dozen kinds: network, parsing, a missing package
         why = _first_line(e) if online else "it cannot be reached"
         raise InputError(f"no {name} from the Hugging Face Hub ({why}); "
