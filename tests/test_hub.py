@@ -2,7 +2,6 @@
 import copy
 import pytest, torch
 import torch.nn.functional as F
-from okadfa.attention.favor import FavorFeatures
 from okadfa.core import InputError, assert_rel
 
 pytest.importorskip("transformers")
@@ -95,8 +94,7 @@ def llama(**kw): return linear("llama", **kw)
 def test_the_attention_is_the_one_of_its_definition():
     "Every replaced layer, on what it is called with"
     from okadfa.attention.favor import favor_attention_ref
-    model, seen = llama(), []
-    outs = []
+    model, outs = llama(), []
     hooks = [m.okadfa.register_forward_hook(lambda m, x, y: outs.append((m, x, y))) for m in attention_layers(model)]
     logits(model, text())
     for h in hooks: h.remove()

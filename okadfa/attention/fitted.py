@@ -138,7 +138,7 @@ def _check_heads(q, k, v, d):
     def fits(x): return x.ndim == 4 and x.shape[::2] == q.shape[::2] and not q.shape[1] % max(1, x.shape[1])
     if q.ndim == 4 and q.shape[-1] == k.shape[-1] == d and all(fits(x) for x in (k, v) if x is not None): return
     got = " and ".join(str(tuple(x.shape)) for x in (q, k, v) if x is not None)
-    raise InputError(f"fit needs q [b h n {d}], k [b h_k n {d}], perhaps v [b h_k n d_v], h_k a divisor of h, got {got}")
+    raise InputError(f"fit needs q [b h n {d}], k [b h_k n {d}] and v [b h_k n d_v] if any, h_k divides h, got {got}")
 
 def _score(features, q, k, v, exact):
     "Of each key head [h_k], larger is better: less error of the output where values are there, else row cosine"
@@ -174,26 +174,25 @@ class FittedFeatures(HeadFeatures):
     ):
         super().__init__(d, m)
         self.ranks, self.one_width, self.directions, self.seed = tuple(ranks), one_width, directions, seed
-        for name in "Wq Wk bq bk mean_q mean_k Mq Mk".split(): self.register_buffer(name, torch.empty(0))
-        self.register_buffer("rank", torch.empty(0, dtype=torch.int64))
+        for name in "Wq Wk bq bk mean_q mean_k Mq Mk rank".split():
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64 if name == "rank" else torch.float32))
 
     @torch.no_grad()
     def fit(self,
         q:Tensor,      # queries [b h n d]
         k:Tensor,      # keys [b h_k n d]; where h_k < h, the statistics are those of key heads
         v:Tensor|None=None,   # values [b h_k n d_v]: choose by the error of the output, not by row cosine
-        *,
         rows:int=1024, # of each head, to choose the rank by
         **exact,       # choose it for attention with these exact keys: local, window, sinks
     ):                 # self
         "Closed form from means and covariances; then the rank that serves these queries and keys best"
         _check_heads(q, k, v, self.d)
-        few, together = max(1, rows//q.shape[2]), q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        where = (plain_coordinates if self.one_width else balanced_coordinates)(together, k)
+        few, group = max(1, rows//q.shape[2]), q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        where = (plain_coordinates if self.one_width else balanced_coordinates)(group, k)
         ranks = sorted({min(r, self.d) for r in self.ranks} | {self.d}) if self.ranks else [self.d]
         choices = (closed_form(where, r, self.m, self.directions, self.seed) for r in ranks)
-        if len(ranks) == 1: return self._take(next(choices))
-        return _best_of(choices, self, q[:few], k[:few], v if v is None else v[:few], exact)
+        q, k, v = (x if x is None else x[:few] for x in (q, k, v))
+        return self._take(next(choices)) if len(ranks) == 1 else _best_of(choices, self, q, k, v, exact)
 
     def log_weight(self, x:Tensor, is_query:bool):
         names = ("mean_q", "mean_k", "Mq") if is_query else ("mean_k", "mean_q", "Mk")

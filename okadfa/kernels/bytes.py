@@ -46,8 +46,8 @@ def byte_embed_ref(
     ids, scale = _prepare(ids, table, scale)
     wide = table if table.dtype == torch.float64 else table.float()
     # Of nothing at all F.embedding has no gradient on CUDA: PyTorch 2.11 reads from address 0 there
-    x = F.embedding(ids.long(), wide) if ids.numel() and wide.numel() else (0*wide.sum()).expand(*ids.shape, table.shape[1])
-    x = x*scale
+    nothing = not (ids.numel() and wide.numel())
+    x = (0*wide.sum()).expand(*ids.shape, table.shape[1]) if nothing else F.embedding(ids.long(), wide)*scale
     if shift:
         here, before = x.tensor_split(2, -1)                            # an odd channel belongs to the first half
         x = torch.cat([here, F.pad(before, (0, 0, 1, 0))[..., :-1, :]], -1)
