@@ -796,7 +796,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'okadfa.dfa.hook.CutStack._leave': ('dfa/hook.html#cutstack._leave', 'okadfa/dfa/hook.py'),
                                  'okadfa.dfa.hook.CutStack._still': ('dfa/hook.html#cutstack._still', 'okadfa/dfa/hook.py'),
                                  'okadfa.dfa.hook.CutStack.broadcast': ('dfa/hook.html#cutstack.broadcast', 'okadfa/dfa/hook.py'),
-                                 'okadfa.dfa.hook.CutStack.feedback': ('dfa/hook.html#cutstack.feedback', 'okadfa/dfa/hook.py'),
                                  'okadfa.dfa.hook.DFAHook': ('dfa/hook.html#dfahook', 'okadfa/dfa/hook.py'),
                                  'okadfa.dfa.hook.DFAHook.__init__': ('dfa/hook.html#dfahook.__init__', 'okadfa/dfa/hook.py'),
                                  'okadfa.dfa.hook.DFAHook.boxes': ('dfa/hook.html#dfahook.boxes', 'okadfa/dfa/hook.py'),

@@ -317,9 +317,6 @@ class CutStack:
 
     attach, detach = __enter__, __exit__                     # for training that no `with` can stand around
 
-    @property
-    def feedback(self) -> nn.Module: return self.asked.feedback
-
     def _still(self, out): return stand_still(self._pass.gate, out, self._pass.inputs[-1])
 
     def _enter(self, l, x):
@@ -384,6 +381,7 @@ class DFAHook(CutStack):
         _check_words(asked)
         _check_together(asked, len(inner), len(halves))
         super().__init__(blocks, inner, halves, still, asked)
+        self.feedback = feedback
 
     @property
     def waiting(self) -> bool:
