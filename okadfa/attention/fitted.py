@@ -166,7 +166,6 @@ class FittedFeatures(HeadFeatures):
     def __init__(self,
         d:int,                   # channels of a head
         m:int|None=None,         # number of features, default 4*d
-        *,
         ranks=(4, 6, 8, 12, 16, 24, 32, 48),   # numbers of coordinates to choose from; () keeps all
         one_width:bool=False,    # one width for all coordinates, not balanced (FAVOR++)
         directions:Callable=sobol_directions,  # (m, d, generator) -> [m d]
@@ -174,8 +173,8 @@ class FittedFeatures(HeadFeatures):
     ):
         super().__init__(d, m)
         self.ranks, self.one_width, self.directions, self.seed = tuple(ranks), one_width, directions, seed
-        for name in "Wq Wk bq bk mean_q mean_k Mq Mk rank".split():
-            self.register_buffer(name, torch.empty(0, dtype=torch.int64 if name == "rank" else torch.float32))
+        for x in "Wq Wk bq bk mean_q mean_k Mq Mk".split(): self.register_buffer(x, torch.empty(0))
+        self.register_buffer("rank", torch.empty(0, dtype=torch.int64))
 
     @torch.no_grad()
     def fit(self,
@@ -187,11 +186,11 @@ class FittedFeatures(HeadFeatures):
     ):                 # self
         "Closed form from means and covariances; then the rank that serves these queries and keys best"
         _check_heads(q, k, v, self.d)
-        few, group = max(1, rows//q.shape[2]), q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        where = (plain_coordinates if self.one_width else balanced_coordinates)(group, k)
+        group, coordinates = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3), (balanced_coordinates, plain_coordinates)
+        where = coordinates[self.one_width](group, k)
         ranks = sorted({min(r, self.d) for r in self.ranks} | {self.d}) if self.ranks else [self.d]
         choices = (closed_form(where, r, self.m, self.directions, self.seed) for r in ranks)
-        q, k, v = (x if x is None else x[:few] for x in (q, k, v))
+        q, k, v = (x if x is None else x[:max(1, rows//x.shape[2])] for x in (q, k, v))
         return self._take(next(choices)) if len(ranks) == 1 else _best_of(choices, self, q, k, v, exact)
 
     def log_weight(self, x:Tensor, is_query:bool):

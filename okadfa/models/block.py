@@ -46,8 +46,9 @@ def _favor(c, layer):
     return KernelAttention(c.d_model, c.n_heads, features=features, **exact)
 
 def _check_exact(c):
-    if min(c.window, c.sinks) < 0: raise InputError(f"window and sinks are numbers of keys, got {c.window} and {c.sinks}")
-    if c.local and (c.window or c.sinks): raise InputError("give local, or window and sinks: not both")
+    w, s = c.window, c.sinks
+    if min(w, s) < 0: raise InputError(f"window and sinks are numbers of keys, got {w} and {s}")
+    if c.local and (w or s): raise InputError("give local, or window and sinks: not both")
 
 def _spectral(c, layer):
     seed = c.seed*1000 + layer

@@ -28,8 +28,8 @@ def _check_pattern(mask_function, n:int, q_offset:int, window:int|None) -> None:
         want = bool(key > last - (window or last + 1))
         try: got = bool(mask_function(zero, zero, last, key))
         except (IndexError, TypeError, RuntimeError): got = not want
-        if got != want: raise InputError("'okadfa' attends to one causal text a row, or in a sliding window; this mask is "
-                                         "another pattern (packed texts?): give each text a row of its own")
+        if got != want: raise InputError("'okadfa' attends to one causal text a row, or in a sliding window; this mask "
+                                         "is another pattern (packed texts?): give each text a row of its own")
 
 def padding_mask(
     batch_size:int,          # rows of the batch

@@ -29,7 +29,7 @@ def ask_by_name(
         raise InputError(f"{kind} computes attention by itself (positions as biases of the logits?): "
                          "its layers cannot be replaced; keep them all, or take another model")
     if getattr(model.config, "attn_logit_softcapping", None):
-        raise InputError(f"{kind} caps its logits, which features cannot do: set attn_logit_softcapping=None, or keep it")
+        raise InputError(f"{kind} caps its logits, which features cannot do: set attn_logit_softcapping=None")
     model.set_attn_implementation("okadfa")
 
 # %% ../../nbs/models/46_linearize.ipynb #c9000009
@@ -45,7 +45,7 @@ def record_heads(
     model:nn.Module,          # that asks by name
     batches:Iterable[Tensor], # token ids [b n], all of one n
     slides:set|None=None,     # gets the layers that have a sliding window of their own
-) -> dict:                    # attention layer -> (q [b h n d], k [b h_k n d], v [b h_k n d_v], scale), float32 on the CPU
+) -> dict:                    # layer -> (q [b h n d], k [b h_k n d], v [b h_k n d_v], scale), float32 on the CPU
     "What each causal attention layer is called with, in the order of the layers"
     found = {}
     def look(module, q, k, v, scale, window):
@@ -73,7 +73,7 @@ def windows_of(
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = torch.tensor(sum((tokenizer(text)["input_ids"] for text in texts), []))
     rows = list(ids[:, :length].split(1)) if ids.ndim == 2 else [x[None] for x in ids.split(length) if len(x) == length]
-    if not rows: raise InputError(f"{ids.numel()} tokens are less than one window of {length}: give more text, or length=")
+    if not rows: raise InputError(f"{ids.numel()} tokens are less than one window: give more text, or length=")
     return rows[:max(1, tokens//rows[0].shape[1])]
 
 # %% ../../nbs/models/46_linearize.ipynb #c900000d
@@ -177,7 +177,8 @@ def load_linearized(
     c = json.loads((folder/"config.json").read_text()).get("okadfa")
     if not c: raise InputError(f"{folder} holds a model whose attention was not replaced: load it with transformers")
     weights = {k: x for f in sorted(folder.glob("*.safetensors")) for k, x in load_file(f).items() if ".okadfa." in k}
-    with _quietly(): model = AutoModelForCausalLM.from_pretrained(folder, **dict(attn_implementation="okadfa") | options)
+    options = dict(attn_implementation="okadfa") | options
+    with _quietly(): model = AutoModelForCausalLM.from_pretrained(folder, **options)
     for name in sorted({k.split(".okadfa.")[0] for k in weights}):
         module = model.get_submodule(name)
         module.okadfa = _stored_heads(c, weights, f"{name}.okadfa.").to(model.device)
