@@ -87,6 +87,7 @@ class FieldOption(click.Option):
 PLUGIN_HELP = "Python file that registers mixers, rules, feedback, estimators or benchmarks; may be given again"
 APART = "Research switches, which a first run does not need:"
 
+# %% ../nbs/02_options.ipynb #c0251c7a
 class Command(click.Command):
     "A command with options under headings, plug-ins, and no empty values"
     def __init__(self,

@@ -162,7 +162,7 @@ MODELING_FILE, MODELING = "modeling_okadfa.py", '''\
 try:
     from okadfa.models import export
 except ImportError as e:
-    raise ImportError("this model needs the package okadfa: pip install okadfa, or pip install . in its repository") from e
+    raise ImportError("this model needs the package okadfa: pip install okadfa, or . in its repository") from e
 
 
 class OkadfaConfig(export.OkadfaConfig):
@@ -205,6 +205,30 @@ class _Housekeeping(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir(): (Path(save_directory)/MODELING_FILE).write_text(MODELING)
 
+# %% ../../nbs/models/57_export.ipynb #ce570034
+def _logits(lm, ids, groups):
+    "Logits [b n v], zero at padding on the left"
+    if list(groups) == [0]: return lm(ids)
+    parts = {start: lm(ids[rows, start:]) for start, rows in groups.items()}
+    logits = next(iter(parts.values())).new_zeros(*ids.shape, lm.config.vocab_size)
+    for start, rows in groups.items(): logits[rows, start:] = parts[start]
+    return logits
+
+def _loss(lm, ids, groups, labels, count):
+    "The rule's loss, summed over the tokens that count and divided by `count`, default their number"
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    parts = [(ids[rows, start:], targets[rows, start:]) for start, rows in groups.items()]
+    if count is None: count = sum((t != -100).sum() for _, t in parts).clamp_min(1)
+    return sum(lm.loss(*part, reduction="sum") for part in parts)/count
+
+# The output's name for it has changed
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+def _refuse(given):
+    "Raise `InputError` for arguments that other models have"
+    if names := [k for k, v in given.items() if v is not None and v is not False]:
+        raise InputError(f"a model of okadfa takes input_ids, attention_mask and labels, not {', '.join(names)}")
+
 # %% ../../nbs/models/57_export.ipynb #ce570021
 class OkadfaForCausalLM(_Housekeeping, GenerationMixin):
     "A `LanguageModel` as a causal language model of `transformers`"
@@ -227,23 +251,10 @@ class OkadfaForCausalLM(_Housekeeping, GenerationMixin):
         if cache is not None: logits = cache.extend(input_ids, attention_mask, logits_to_keep or input_ids.shape[1])
         else:
             groups = text_groups(attention_mask, *input_ids.shape)
-            if labels is not None: loss = self._loss(input_ids, groups, labels, num_items_in_batch)
-            if labels is None or not self.training: logits = self._logits(input_ids, groups)[:, -logits_to_keep:]
+            if labels is not None: loss = _loss(self.lm, input_ids, groups, labels, num_items_in_batch)
+            if labels is None or not self.training: logits = _logits(self.lm, input_ids, groups)[:, -logits_to_keep:]
         out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return out.to_tuple() if return_dict is False else out
-
-    def _logits(self, ids, groups):
-        if list(groups) == [0]: return self.lm(ids)
-        parts = {start: self.lm(ids[rows, start:]) for start, rows in groups.items()}
-        logits = next(iter(parts.values())).new_zeros(*ids.shape, self.config.vocab_size)
-        for start, rows in groups.items(): logits[rows, start:] = parts[start]
-        return logits
-
-    def _loss(self, ids, groups, labels, count):
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        parts = [(ids[rows, start:], targets[rows, start:]) for start, rows in groups.items()]
-        if count is None: count = sum((t != -100).sum() for _, t in parts).clamp_min(1)
-        return sum(self.lm.loss(*part, reduction="sum") for part in parts)/count
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, cache=None, past_key_values=None,
                                       use_cache=None, **kwargs):
@@ -256,12 +267,5 @@ class OkadfaForCausalLM(_Housekeeping, GenerationMixin):
     def _prepare_cache_for_generation(self, *args, **kwargs): pass       # there is one with the first inputs
 
 # %% ../../nbs/models/57_export.ipynb #ce570022
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"     # its name has changed
-
-def _refuse(given):
-    "Raise `InputError` for arguments that other models have"
-    if names := [k for k, v in given.items() if v is not None and v is not False]:
-        raise InputError(f"a model of okadfa takes input_ids, attention_mask and labels, not {', '.join(names)}")
-
 AutoConfig.register("okadfa", OkadfaConfig, exist_ok=True)
 AutoModelForCausalLM.register(OkadfaConfig, OkadfaForCausalLM, exist_ok=True)

@@ -86,11 +86,12 @@ def model_card(
     mixers = " and ".join(MIXERS[m].title for m in dict.fromkeys(map(c.mixer_of, range(c.n_layers))))
     front = dict(library_name="transformers", pipeline_tag="text-generation", license=license)
     return "\n".join(["---", *(f"{k}: {v}" for k, v in front.items()), "tags: [okadfa]", "---", "", f"# {name}", "",
-        f"A causal language model with {model.num_parameters():,} parameters in {c.n_layers} blocks of width {c.d_model}. "
-        f"It mixes positions by {mixers}, was trained by {CREDITS[c.credit].title}, and reads "
+        f"A causal language model with {model.num_parameters():,} parameters in {c.n_layers} blocks of width "
+        f"{c.d_model}. It mixes positions by {mixers}, was trained by {CREDITS[c.credit].title}, and reads "
         f"{'bytes' if info.get('tokenizer', 'bytes') == 'bytes' else 'subword tokens'}.", "",
-        "## Loading", "", f"The model's code is in the package okadfa (version {version_of('okadfa')} wrote this folder).",
-        "", LOADING.format(name=name), "",
+        "## Loading", "",
+        f"The model's code is in the package okadfa (version {version_of('okadfa')} wrote this folder).", "",
+        LOADING.format(name=name), "",
         f"It reads {c.max_len} tokens at once; generation goes on from the last half of them, without a limit. "
         "Every text begins with the tokenizer's `bos` token, which the tokenizer adds.", "", "## What was measured", "",
         _rows(figures) if figures else "Nothing: the run left no summary of this checkpoint.", "",

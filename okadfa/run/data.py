@@ -240,6 +240,7 @@ _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "val
               test=("test.txt", "wiki.test.tokens"))
 _hub = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
 
+# %% ../../nbs/run/60_data.ipynb #c0ff5a1e
 def _read_rows(folder:Path, split:str) -> list[str]:
     "The rows of a split, which may be several Parquet files"
     from pyarrow import parquet
