@@ -95,10 +95,14 @@ def loads(names:list[str], root:Path=ROOT) -> list[str]:
     assert r.returncode == 0, r.stderr[-2000:]
     return r.stdout.splitlines()
 
+# Modules for those who have transformers loaded: their classes derive from its classes, or register with it
+THEIRS = "okadfa.models.export", "okadfa.models.hub", "okadfa.models.linearize"
+
 def test_imports_are_light():
     # without _modidx, and _site for the pages
     names = [n for n in map(dotted, modules()) if not n.split(".")[-1].startswith("_")]
     rooms = ["", *BELOW]   # what is imported by others comes first, so that the module to blame is the one named
+    names = [n for n in names if n not in THEIRS]
     names.sort(key=lambda n: (rooms.index((n.split(".")[1:2] or [""])[0]), n == "okadfa.run.cli", n))
     assert loads(names) == []
 

@@ -60,8 +60,8 @@ def of_norm(x, norm): return F.normalize(x, dim=-1)*norm
 def test_every_norm(norm, how):
     "The largest key wins. Gradients that vanish are compared with what they are made of"
     q, k, v = qkv(n=60, d=64)
-    q, k, v, f = of_norm(q, norm).requires_grad_(), of_norm(k, norm).requires_grad_(), v.requires_grad_(), FavorFeatures(64)
-    go = torch.randn_like(v)
+    (q, k), f, go = (of_norm(x, norm).requires_grad_() for x in (q, k)), FavorFeatures(64), torch.randn_like(v)
+    v.requires_grad_()
     def run(impl):
         out = favor_attention(q, k, v, f, impl=impl, **how)
         return out, *torch.autograd.grad(out, (q, k, v), go)
@@ -190,7 +190,8 @@ def test_what_does_not_fit_is_one_line():
     q, k, v = qkv()
     f = FavorFeatures(8)
     for bad, match in ((dict(window=-1), "numbers of keys"), (dict(window=3, local=True), "not both"),
-                       (dict(sinks=3, causal=False), "causal=True"), (dict(window=2, features=Opaque(f)), "logarithms")):
+                       (dict(sinks=3, causal=False), "causal=True"),
+                       (dict(window=2, features=Opaque(f)), "logarithms")):
         with pytest.raises(InputError, match=match): favor_attention(**(dict(q=q, k=k, v=v, features=f) | bad))
     with pytest.raises(InputError, match="padding on the left"):
         FavorState(f, local=True).prefill(q, k, v, torch.tensor([0, 3]))

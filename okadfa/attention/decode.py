@@ -39,7 +39,7 @@ def _laid_out(features, h, h_k, d, dtype) -> tuple[Maps, int]:
 
 # %% ../../nbs/attention/15_decode.ipynb #ca150002
 def absorb(
-    maps:Maps,
+    maps:Maps,                # the feature map
     S:Tensor,                 # state [b h m d_v+1], changed in place
     s:Tensor,                 # its scales [b h m]
     keys:Tensor,              # [b h x d]
@@ -58,7 +58,7 @@ def absorb(
 
 # %% ../../nbs/attention/15_decode.ipynb #ca150004
 def read(
-    maps:Maps,
+    maps:Maps,                # the feature map
     S:Tensor,                   # state [b h m d_v+1]
     s:Tensor,                   # its scales [b h m]
     q:Tensor,                   # queries [b h g d]
@@ -189,7 +189,7 @@ def step_local(state:RunningState, q:Tensor, k:Tensor, v1:Tensor) -> Tensor:
     return num
 
 def step(
-    state:RunningState,
+    state:RunningState,      # changed in place
     q:Tensor,      # query [b h d]
     k:Tensor,      # key [b h_k d]
     v:Tensor,      # value [b h_k d_v]

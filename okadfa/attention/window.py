@@ -64,7 +64,7 @@ class Blocks(NamedTuple):
 
 # %% ../../nbs/attention/18_window.ipynb #ce00000a
 def block_keys(
-    cut:Blocks,
+    cut:Blocks,     # how rows are taken
     x:Tensor,       # keys, padded [b h .. d]
     first:Tensor,   # the sinks [b h s d]
     a:int,          # first row
@@ -75,7 +75,7 @@ def block_keys(
     return torch.cat([near, first[:, :, None].expand(-1, -1, g, -1, -1)], 3)
 
 def add_block_keys(
-    cut:Blocks,
+    cut:Blocks,     # how rows are taken
     grad:Tensor,    # [b h g K d]
     whole:Tensor,   # gradient of the keys, padded [b h .. d]; is added to
     first:Tensor,   # gradient of the sinks [b h s d]; is added to
