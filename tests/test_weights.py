@@ -113,7 +113,7 @@ def test_quiet_weights_are_not_drowned(code):
     again = type(got[True]).from_bytes(got[True].to_bytes()).dequantize()
     assert torch.equal(again, got[True].dequantize()) and again.dtype == w.dtype
     error = {s: [rel(w[:, part], p.dequantize()[:, part]) for part in (quiet, ~quiet)] for s, p in got.items()}
-    assert abs(error[True][0]/error[True][1] - 1) < .1 and error[False][0] > 2*error[True][0]
+    assert abs(error[True][0]/error[True][1] - 1) < .1 and error[False][0] > 1.4*error[True][0]
     for bad in (got[True].to_bytes()[:-3], got[True].to_bytes()[:9], b""):
         with pytest.raises(InputError): type(got[True]).from_bytes(bad)
 
@@ -169,7 +169,8 @@ def test_a_model_in_either_code(tmp_path):
         assert all(torch.equal(again.state_dict()[k], v) for k, v in copied.state_dict().items())
         assert 4 < again.bits_per_weight < 4.55
         kinds = {name: type(p) for name, p in again.tensors.items()}                        # 63 columns are no pairs
-        assert kinds == {"0.weight": ScalarTensor, "1.weight": PolarTensor if code == "polar" else ScalarTensor}
+        if code == "polar": assert kinds == {"1.weight": PolarTensor} and "0.weight" in again.kept
+        else: assert kinds == {"0.weight": ScalarTensor, "1.weight": ScalarTensor}
 
 def a_llama(folder):
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -19,7 +19,7 @@ from .polar import PolarTensor, pair_columns, polar_quantize, rotate_groups
 from .record import byte_tensor, file_bytes, read_tensors, write_whole
 from .scalar import ScalarTensor, axis_scales, scalar_quantize, scale_factors
 
-# %% ../../nbs/spectral/37_container.ipynb #cf9a9715
+# %% ../../nbs/spectral/37_container.ipynb #c8e616e7
 _SCALED = struct.Struct("<4sIII")      # magic, crc of the rest, numbers of scales
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class ScaledPolar:
         scales = np.frombuffer(data, np.uint8, rows + cols, _SCALED.size)
         return cls(PolarTensor.from_bytes(data[at:]), scales[:rows].copy(), scales[rows:].copy())
 
-# %% ../../nbs/spectral/37_container.ipynb #ce6243d3
+# %% ../../nbs/spectral/37_container.ipynb #c7199b2e
 def _times_scales(w, rows, cols, power=1):
     "A real weight [... cols] times the scales of rows and columns, or over them"
     flat = w.reshape(-1, w.shape[-1] if w.ndim else 1).float()
@@ -64,8 +64,9 @@ def _times_scales(w, rows, cols, power=1):
 
 def _scaled_polar(w, bits, **options):
     "A real weight in polar codes with scales outside, where these are worth it"
-    wide = w.detach().cpu().double()
-    rows, cols = axis_scales(wide.reshape(-1, w.shape[-1]).numpy()) if w.isfinite().all() else ((), ())
+    rows, cols = (), ()
+    if not w.is_meta and w.isfinite().all():
+        rows, cols = axis_scales(w.detach().cpu().double().reshape(-1, w.shape[-1]).numpy())
     if not len(rows) + len(cols): return polar_quantize(w, 2*bits, pairs=True, **options)
     even = _times_scales(w.detach().cpu().float(), rows, cols, -1)
     less = 2*bits - 16*(len(rows) + len(cols) + _SCALED.size)/w.numel()
@@ -205,12 +206,13 @@ def quantize_weight(
     if scaled and variable and not w.is_complex() and w.ndim and w.numel(): return _scaled_polar(w, bits, **options)
     return polar_quantize(w, 2*bits, pairs=not w.is_complex(), **options)
 
-# %% ../../nbs/spectral/37_container.ipynb #c143ef2c
-def _fits(t, min_size):
-    "Whether a tensor is a matrix that is worth quantizing"
-    return t.ndim >= 2 and t.numel() >= min_size and (t.is_complex() or t.is_floating_point())
+# %% ../../nbs/spectral/37_container.ipynb #cc54acbc
+def _fits(t, min_size, code):
+    "Whether a tensor is a matrix that is worth quantizing; pairs need an even number of columns"
+    real = t.is_floating_point() and t.ndim > 0 and (code == "scalar" or t.shape[-1] % 2 == 0)
+    return t.ndim >= 2 and t.numel() >= min_size and (t.is_complex() or real)
 
-# %% ../../nbs/spectral/37_container.ipynb #cfc04378
+# %% ../../nbs/spectral/37_container.ipynb #c2f43020
 def relative_error(
     p,           # a quantized weight
     t:Tensor,    # the weight
@@ -220,7 +222,7 @@ def relative_error(
     w = t.detach().cpu().to(wide)
     return ((p.dequantize().to(wide) - w).norm()/w.norm().clamp_min(1e-300)).item()
 
-# %% ../../nbs/spectral/37_container.ipynb #c7f4ab22
+# %% ../../nbs/spectral/37_container.ipynb #c8e77f11
 def quantize_model(
     model:nn.Module,           # stays as it is
     bits:float=6,              # a real weight, scales included: 6 is 5.33 times smaller than float32
@@ -237,14 +239,15 @@ def quantize_model(
     for name, t in model.state_dict(keep_vars=True).items():
         if id(t) in first: weights.ties[name] = first[id(t)]; continue
         first[id(t)] = name
-        if id(t) not in parameters or not _fits(t, min_size) or any(s in name for s in skip):
+        if id(t) not in parameters or not _fits(t, min_size, code) or any(s in name for s in skip):
             weights.kept[name] = t.detach()
             continue
         try: weights.tensors[name] = p = quantize_weight(t, bits, code, **options)
         except InputError as e: raise InputError(f"{name}: {e}") from None
         weights.errors[name] = relative_error(p, t)
     if not weights.tensors:
-        raise InputError(f"the model has no matrix of {min_size} or more numbers")
+        even = " with an even number of columns" if code == "polar" else ""
+        raise InputError(f"the model has no matrix of {min_size} or more numbers{even}")
     copied = copy.deepcopy(model)
     copied.load_state_dict(weights.state_dict())
     return copied, weights
