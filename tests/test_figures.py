@@ -69,7 +69,7 @@ def test_readme_trains_the_baseline_of_the_table():
     assert commands[1].endswith(baseline)
 
 @pytest.mark.parametrize("name", "demo wikitext head memory pipeline ablate estimators attention spectral compression "
-                                 "bytes quantize".split())
+                                 "bytes quantize weights".split())
 def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows

@@ -6,7 +6,7 @@
 __all__ = ['LEAST', 'REACH', 'MAGIC', 'axis_scales', 'scale_factors', 'table_bytes', 'frequencies', 'Grid', 'finest_step',
            'ScalarTensor', 'scalar_quantize']
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c23cc25d
+# %% ../../nbs/spectral/28_scalar.ipynb #ccebbd52
 import functools, math, struct, zlib
 from dataclasses import dataclass
 import numpy as np
@@ -16,7 +16,7 @@ from ..core import InputError
 from .ans import TOTAL, ans_coder
 from .record import DTYPES
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c359c649
+# %% ../../nbs/spectral/28_scalar.ipynb #c5f5605f
 _EIGHTHS = np.array([1073741824, 984625594, 902905651, 827968132,
                      759250125, 696235434, 638450708, 585461881], np.int64)   # 2**(30 - i/8)
 LEAST = 64            # weights that a scale must serve
@@ -50,7 +50,7 @@ def scale_factors(
     if not len(steps): return np.ones(1, np.float32)
     return np.ldexp(_EIGHTHS[steps & 7].astype(np.float64), -30 - (steps >> 3).astype(np.int32)).astype(np.float32)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c088d43a
+# %% ../../nbs/spectral/28_scalar.ipynb #c6282e07
 def table_bytes(
     count:np.ndarray,     # how often each |k| occurs
 ) -> np.ndarray:          # uint8
@@ -70,7 +70,7 @@ def frequencies(
     freq[len(half) - 1] += (1 << TOTAL) - freq.sum()
     return freq
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c03b884a
+# %% ../../nbs/spectral/28_scalar.ipynb #c0e7cc0c
 REACH = 8             # root mean squares that a table reaches; what lies beyond costs 32 bits more
 
 class Grid:
@@ -98,7 +98,7 @@ class Grid:
         half = TOTAL - np.log2(freq[len(count) - 2:])
         return count @ half + 32*count[-1] + 8*(len(count) - 1 + len(self.rows) + len(self.cols))
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c2861d40
+# %% ../../nbs/spectral/28_scalar.ipynb #c25d6bf2
 def finest_step(
     grid:Grid,            # of the matrix
     budget:float,         # bits
@@ -117,12 +117,12 @@ def finest_step(
         if grid.bits(step) <= budget or step > 4*peak: best = step
     return best
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c2de1bc8
+# %% ../../nbs/spectral/28_scalar.ipynb #c1b71b94
 MAGIC = b"oks1"
 _HEAD = struct.Struct("<4sIBBfdd5I")       # magic, crc of the rest, type, axes, bits, step, gain; sizes of the arrays
 _ARRAYS = dict(rows="<u1", cols="<u1", table="<u1", beyond="<f4", words="<u4")
 
-# %% ../../nbs/spectral/28_scalar.ipynb #cb4fa81d
+# %% ../../nbs/spectral/28_scalar.ipynb #c4abf654
 @dataclass(frozen=True, eq=False)
 class ScalarTensor:
     "A weight in scalar codes. Made by `scalar_quantize`"
@@ -161,7 +161,7 @@ class ScalarTensor:
         shape, bits = "x".join(map(str, self.shape)), 8*self.nbytes/self.weights
         return f"ScalarTensor({shape} {str(self.dtype)[6:]}, {bits:.2f} bits a weight)"
 
-# %% ../../nbs/spectral/28_scalar.ipynb #ce20bdbb
+# %% ../../nbs/spectral/28_scalar.ipynb #c5785ee0
 def _unpack(data):
     "The fields of a record by name"
     if len(data) < _HEAD.size or data[:4] != MAGIC: raise InputError("these are not the bytes of a ScalarTensor")
@@ -180,7 +180,7 @@ def _matrix_shape(shape, dtype):
     cols = (shape[-1] if shape else 1)*(2 if dtype.is_complex else 1)
     return math.prod(shape)*(2 if dtype.is_complex else 1)//cols, cols
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c6e8baed
+# %% ../../nbs/spectral/28_scalar.ipynb #c54aa733
 def _encode(grid, step, impl):
     "Gain and arrays of a record"
     count, coder = grid.count(step), ans_coder(impl=impl)
@@ -208,7 +208,7 @@ def _dequantize(p, impl="auto"):
     if p.dtype.is_complex: w = torch.view_as_complex(w.view(-1, 2))
     return w.to(p.dtype).view(p.shape)
 
-# %% ../../nbs/spectral/28_scalar.ipynb #c2bc2409
+# %% ../../nbs/spectral/28_scalar.ipynb #c9abff05
 def _checked(w, bits):
     "A real matrix [rows cols] in float64"
     if not isinstance(w, Tensor): raise InputError(f"w must be a tensor, got {type(w).__name__}")
