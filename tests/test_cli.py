@@ -37,13 +37,17 @@ def call(capsys, *args):
     out = capsys.readouterr()
     return code, out.out, out.err
 
+def files(folder):
+    "All but what is kept between runs, and the bytecode that Python puts beside a plug-in"
+    return sorted(p for p in folder.rglob("*") if not {"cache", "__pycache__"} & set(p.parts))
+
 def refused(capsys, tmp_path, *args, says):
-    before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
+    before = files(tmp_path)
     code, out, err = call(capsys, *args)
     assert code == 2, (code, out, err)
     assert err.startswith("okadfa: ") and err.count("\n") == 1 and "Traceback" not in err, err
     assert says in err, err
-    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before   # nothing written, nothing lost
+    assert files(tmp_path) == before                                                    # nothing written, nothing lost
     return err
 
 def bad_folder(kind, text):

@@ -18,7 +18,9 @@ from okadfa.spectral.scalar import ScalarTensor, frequencies, scalar_quantize, t
 
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-def rel(w, got): return ((got.to(torch.complex128) - w.to(torch.complex128)).norm()/w.norm()).item()
+def rel(w, got):
+    w, got = (x.to(torch.complex128) for x in (w, got))
+    return ((got - w).norm()/w.norm()).item()
 
 @pytest.fixture
 def without_constriction(monkeypatch):
