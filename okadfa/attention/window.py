@@ -107,7 +107,7 @@ def _logits(x, y, hidden):
     "[b h g c K] of scaled queries x, far below every number where hidden"
     return (x @ y.mT).masked_fill_(hidden, 2*NEVER)
 
-WEIGHTS = dict(cpu=2**20, cuda=2**26)      # formed at once
+WEIGHTS = dict(cpu=2**19, cuda=2**26)      # formed at once: as many as stay in the cache of a CPU
 
 def _parts(cut, q): return cut.parts(WEIGHTS.get(q.device.type, 2**26)//(q.shape[0]*q.shape[1]))
 
