@@ -409,7 +409,8 @@ def test_what_cannot_be_compared_is_said_in_one_line():
     with pytest.raises(InputError, match="no labels"): compare_gradients(model, inputs["input_ids"])
     with DFAHook(model), pytest.raises(InputError, match="detach"): compare_gradients(model, inputs)
     with torch.no_grad(): assert compare_gradients(model, inputs)["block3"]["cosine"] > .999
-    with pytest.raises(InputError, match="one number"): compare_gradients(model, inputs, loss_of=lambda m, x: m(**x).logits)
+    def logits(model, inputs): return model(**inputs).logits
+    with pytest.raises(InputError, match="one number"): compare_gradients(model, inputs, loss_of=logits)
     with pytest.raises(InputError, match="need a model"): compare_gradients("gpt2", inputs)
     with pytest.raises(InputError, match="have learnt nothing"): compare_gradients(model, inputs, feedback="calibrated")
     with pytest.raises(InputError, match="named curves"): plot_alignment(compare_gradients(model, inputs))

@@ -124,7 +124,7 @@ def test_an_estimator_in_another_scale_is_refused():
     with pytest.raises(InputError, match="scale"): llama(estimator="trig")
 
 @pytest.mark.parametrize("wrong", [dict(keep=[4]), dict(keep=[-5]), dict(estimator="nobody"), dict(keep=2),
-    dict(keep="first"), dict(length=0), dict(tokens=0), dict(texts=None), dict(texts=[[1, 2], [3]]), dict(texts="words")])
+    dict(keep="first"), dict(length=0), dict(tokens=0), dict(texts=None), dict(texts=[[1], [3]]), dict(texts="words")])
 def test_what_does_not_fit_leaves_the_model_as_it_was(wrong):
     model, ids = make("llama"), text()
     before, name = logits(model, ids), model.config._attn_implementation
