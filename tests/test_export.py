@@ -3,7 +3,7 @@ import importlib.util, json, subprocess, sys, time, types
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
-from conftest import ROOT, clean_env
+from conftest import ROOT, byte_pairs, clean_env
 from okadfa.core import InputError, assert_rel
 from okadfa.models.block import MIXERS
 from okadfa.models.checkpoint import load_model
@@ -299,12 +299,7 @@ def test_bytes_there_and_back():
     assert both.attention_mask == [[0, 0, 1, 1, 1], [1]*5]
 
 @pytest.fixture
-def bpe(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    tok = ByteLevelBPETokenizer()
-    tok.train_from_iterator([PROSE.decode()], vocab_size=290, special_tokens=["<|endoftext|>"], show_progress=False)
-    d = tmp_path/"bpe"; d.mkdir(); tok.save_model(str(d))
-    return d
+def bpe(tmp_path): return byte_pairs(tmp_path/"bpe", [PROSE.decode()], 290)
 
 def test_subwords(tmp_path, bpe):
     tok = load_tokenizer(bpe)

@@ -137,11 +137,12 @@ def refuse_hooks_inside(block:nn.Module) -> None:
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb26001c
 def need_all(
-    done:int,     # blocks that have run
+    begun:int,    # blocks that have begun
+    done:int,     # blocks that have run; fewer where one of them raised
     n:int,        # blocks that there are
 ) -> None:
     "Raise `InputError` for a forward pass that ended between two blocks: no error was sent to any of them"
-    if 0 < done < n: raise InputError(f"only {done} of {n} blocks have run: DFAHook needs each once (no LayerDrop)")
+    if 0 < begun == done < n: raise InputError(f"only {done} of {n} blocks have run: each must run once (no LayerDrop)")
 
 def is_hooked(
     block:nn.Module,     # of a model

@@ -314,8 +314,7 @@ class CutStack:
     def __exit__(self, kind=None, *exc):
         for h in self._handles: h.remove()
         last, self._handles, self._pass = self._pass, [], CutPass(self.asked)
-        # at the end of a `with`, unless something went wrong
-        if exc and kind is None and last.begun == last.done: need_all(last.done, len(self.blocks))
+        if exc and kind is None: need_all(last.begun, last.done, len(self.blocks))     # a `with` that ends well
 
     attach, detach = __enter__, __exit__                     # for training that no `with` can stand around
 
