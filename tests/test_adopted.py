@@ -391,6 +391,7 @@ def test_rounds_bring_the_gradient_back():
     assert found[0]["block0"]["cosine"] != found[1]["block0"]["cosine"]
     assert compare_gradients(model, inputs, half_round=True)["block0"]["error"] > 1e-9
     fig = plot_alignment({f"{r} rounds": rows for r, rows in found.items()}, "Qwen3")
+    assert all(x == int(x) for ax in fig.axes for x in ax.get_xticks())                     # blocks are counted
     lines = fig.axes[0].get_lines()
     assert list(lines[0].get_xdata()) == [1, 2, 3, 4]
     assert lines[0].get_ydata()[0] == found[0]["block0"]["cosine"]

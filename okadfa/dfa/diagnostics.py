@@ -169,6 +169,7 @@ def plot_alignment(
     for ax, level in ((cosine, 0), (error, 1)):
         ax.axhline(level, color="grey", lw=.8, ls=":")
         ax.set_xlabel("block (1 is next to the embedding)")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     cosine.legend(frameon=False, fontsize=8)
     if title: fig.suptitle(title)
     return fig
