@@ -38,6 +38,14 @@ def clean_env(root:Path) -> dict:
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     return env | dict(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1")
 
+def byte_pairs(folder:Path, texts:list[str], size:int) -> Path:
+    "A new folder with a small vocabulary in GPT-2's two files"
+    from tokenizers import ByteLevelBPETokenizer
+    tok = ByteLevelBPETokenizer()
+    tok.train_from_iterator(texts, vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder.mkdir(); tok.save_model(str(folder))
+    return folder
+
 @pytest.fixture
 def repo_copy(tmp_path): return copy_repo(tmp_path/"repo")
 

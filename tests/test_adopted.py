@@ -323,6 +323,28 @@ def test_what_cannot_be_hooked_is_said_in_one_line():
     with pytest.raises(InputError, match="a.layers and b.layers of ModuleDict are equally long"): DFAHook(two)
     with pytest.raises(InputError, match="how wide"): DFAHook([Layer()])
     with pytest.raises(InputError, match="unknown feedback|feedback"): DFAHook(make("gpt2"), "nonsense")
+    for thing in ("gpt2", None):
+        with pytest.raises(InputError, match="takes a model"): DFAHook(thing)
+    with pytest.raises(InputError, match="feedback must be"): DFAHook(make("gpt2"), None)
+    with pytest.raises(InputError, match="whole rounds"): DFAHook(make("gpt2"), rounds=1.5)
+    with pytest.raises(InputError, match="need a hook"): feedback_callback(make("gpt2"))
+
+def test_one_hook_at_a_time():
+    "Of two, only the one that was attached last would be heard"
+    model = make("gpt2")
+    with DFAHook(model, "gaussian"), pytest.raises(InputError, match="another DFAHook"), DFAHook(model): pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+@pytest.mark.parametrize("skipped", range(4))
+def test_a_block_that_is_skipped_is_said_in_one_line(skipped):
+    "What LayerDrop does. Without its last block a model used to train the others by nothing, in silence"
+    model = make("opt").train()
+    blocks, inputs = find_stack(model).blocks, batch()
+    with pytest.raises(InputError, match="LayerDrop"), DFAHook(model):
+        blocks[skipped].forward = None                                    # as if it was never called
+        model.model.decoder.layers = nn.ModuleList(b for b in blocks if b.forward)
+        model(**inputs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for b in blocks for m in b.modules())
 
 # --- how much of the gradient survives ------------------------------------------------------------------------------
 
@@ -369,6 +391,7 @@ def test_rounds_bring_the_gradient_back():
     assert found[0]["block0"]["cosine"] != found[1]["block0"]["cosine"]
     assert compare_gradients(model, inputs, half_round=True)["block0"]["error"] > 1e-9
     fig = plot_alignment({f"{r} rounds": rows for r, rows in found.items()}, "Qwen3")
+    assert all(x == int(x) for ax in fig.axes for x in ax.get_xticks())                     # blocks are counted
     lines = fig.axes[0].get_lines()
     assert list(lines[0].get_xdata()) == [1, 2, 3, 4]
     assert lines[0].get_ydata()[0] == found[0]["block0"]["cosine"]
@@ -387,6 +410,12 @@ def test_what_cannot_be_compared_is_said_in_one_line():
     with pytest.raises(InputError, match="no labels"): compare_gradients(model, inputs["input_ids"])
     with DFAHook(model), pytest.raises(InputError, match="detach"): compare_gradients(model, inputs)
     with torch.no_grad(): assert compare_gradients(model, inputs)["block3"]["cosine"] > .999
+    def logits(model, inputs): return model(**inputs).logits
+    with pytest.raises(InputError, match="one number"): compare_gradients(model, inputs, loss_of=logits)
+    with pytest.raises(InputError, match="need a model"): compare_gradients("gpt2", inputs)
+    with pytest.raises(InputError, match="have learnt nothing"): compare_gradients(model, inputs, feedback="calibrated")
+    with pytest.raises(InputError, match="named curves"): plot_alignment(compare_gradients(model, inputs))
+    with pytest.raises(InputError, match="no parameter"): compare_gradients(model.requires_grad_(False), inputs)
 
 # --- Trainer, adapters ----------------------------------------------------------------------------------------------
 

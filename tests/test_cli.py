@@ -2,6 +2,7 @@
 import json, os, signal, subprocess, sys, time
 import pytest, torch, yaml
 import forked
+from conftest import byte_pairs
 from okadfa.models.checkpoint import load_model, save_config, save_model
 from okadfa.models.lm import LMConfig, LanguageModel
 from okadfa.run.cli import main
@@ -22,12 +23,7 @@ def text(tmp_path):
     return d
 
 @pytest.fixture
-def bpe(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    tok = ByteLevelBPETokenizer()
-    tok.train_from_iterator([PROSE.decode()], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    d = tmp_path/"bpe"; d.mkdir(); tok.save_model(str(d))
-    return d
+def bpe(tmp_path): return byte_pairs(tmp_path/"bpe", [PROSE.decode()], 300)
 
 def call(capsys, *args):
     "Exit code, stdout, stderr"

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+from conftest import byte_pairs
 from okadfa.core import InputError
 from okadfa.run import data as D
 from okadfa.run.data import Split, TrainWindows, count_words, eval_batches, load_corpus, load_tokenizer, perplexities
@@ -28,14 +29,8 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
     "Folders of two small vocabularies in GPT-2's two files"
-    from tokenizers import ByteLevelBPETokenizer
-    out = []
-    for size in (265, 275):
-        t = ByteLevelBPETokenizer()
-        t.train_from_iterator(["one two three four\n \n five one two\n"*20, "the cat \n\n\n sat on the mat\n\n"*9],
-                              vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False)
-        d = tmp_path_factory.mktemp(f"bpe{size}"); t.save_model(str(d)); out.append(d)
-    return out
+    texts = ["one two three four\n \n five one two\n"*20, "the cat \n\n\n sat on the mat\n\n"*9]
+    return [byte_pairs(tmp_path_factory.mktemp(f"bpe{size}")/"gpt2", texts, size) for size in (265, 275)]
 
 # ---- windows
 

@@ -3,7 +3,7 @@ import importlib.util, json, subprocess, sys, time, types
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
-from conftest import ROOT, clean_env
+from conftest import ROOT, byte_pairs, clean_env
 from okadfa.core import InputError, assert_rel
 from okadfa.models.block import MIXERS
 from okadfa.models.checkpoint import load_model
@@ -299,12 +299,7 @@ def test_bytes_there_and_back():
     assert both.attention_mask == [[0, 0, 1, 1, 1], [1]*5]
 
 @pytest.fixture
-def bpe(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-    tok = ByteLevelBPETokenizer()
-    tok.train_from_iterator([PROSE.decode()], vocab_size=290, special_tokens=["<|endoftext|>"], show_progress=False)
-    d = tmp_path/"bpe"; d.mkdir(); tok.save_model(str(d))
-    return d
+def bpe(tmp_path): return byte_pairs(tmp_path/"bpe", [PROSE.decode()], 290)
 
 def test_subwords(tmp_path, bpe):
     tok = load_tokenizer(bpe)
@@ -378,22 +373,45 @@ doc_to_choice: "{{{{choices}}}}"
 metric_list: [{{metric: acc}}]
 """
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install lm-eval")
+def write_task(folder):
+    rows = [dict(question="The quick brown", choices=["fox jumps", "zzq##wwv"], answer=0),
+            dict(question="over the lazy", choices=["QQQQQQQ", "dog, and"], answer=1)]*3
+    (folder/"fox.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder/"fox.yaml").write_text(TASK.format(file=folder/"fox.jsonl"))
+
+def judged(pair, sample):
+    "The log-probability of the first right answer: ours, and what lm-eval found"
+    ids = torch.tensor([[256, *b"The quick brown fox jumps"]])
+    with torch.no_grad(): log = pair[0](ids).logits.log_softmax(-1)
+    return log[0, 15:-1].gather(1, ids[0, 16:, None]).sum().item(), float(sample["resps"][0][0][0])
+
+LM_EVAL = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install lm-eval")
+
+@LM_EVAL
 def test_lm_eval(monkeypatch, tmp_path, pair):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    rows = [dict(question="The quick brown", choices=["fox jumps", "zzq##wwv"], answer=0),
-            dict(question="over the lazy", choices=["QQQQQQQ", "dog, and"], answer=1)]*3
-    (tmp_path/"fox.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path/"fox.yaml").write_text(TASK.format(file=tmp_path/"fox.jsonl"))
-    judged = HFLM(pretrained=pair[0], tokenizer=pair[1], add_bos_token=True, batch_size=2, device="cpu")
+    write_task(tmp_path)
+    model = HFLM(pretrained=pair[0], tokenizer=pair[1], add_bos_token=True, batch_size=2, device="cpu")
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    got = simple_evaluate(judged, tasks=["fox"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+    got = simple_evaluate(model, tasks=["fox"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
     assert got["results"]["fox"]["acc,none"] == 1.0
-    sample = got["samples"]["fox"][0]
-    ids = torch.tensor([[256, *b"The quick brown fox jumps"]])
-    with torch.no_grad(): log = pair[0](ids).logits.log_softmax(-1)
-    ours = log[0, 15:-1].gather(1, ids[0, 16:, None]).sum().item()
-    assert abs(sample["resps"][0][0][0] - ours) < 1e-3*abs(ours)
+    ours, theirs = judged(pair, got["samples"]["fox"][0])
+    assert abs(theirs - ours) < 1e-3*abs(ours)
+
+@LM_EVAL
+def test_lm_eval_as_a_command(tmp_path, folder, pair):
+    "The line of the page, in a process that knows the folder and nothing else, without a network"
+    (tmp_path/"tasks").mkdir(); write_task(tmp_path/"tasks")
+    env = clean_env(ROOT) | dict(HF_HOME=str(tmp_path/"hf"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    line = f"--model hf --model_args pretrained={folder},trust_remote_code=True,add_bos_token=True --tasks fox " \
+           "--include_path tasks --device cpu --batch_size 2 --output_path out --log_samples"
+    command = [sys.executable, "-m", "lm_eval", *line.split()]
+    r = subprocess.run(command, env=env | dict(OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    results, samples = ([*(tmp_path/"out").rglob(f"{name}_*")][0].read_text() for name in ("results", "samples_fox"))
+    assert json.loads(results)["results"]["fox"]["acc,none"] == 1.0 and "|fox" in r.stdout
+    ours, theirs = judged(pair, json.loads(samples.splitlines()[0]))
+    assert abs(theirs - ours) < 1e-3*abs(ours)

@@ -123,12 +123,18 @@ def test_output_error_chooses_and_features_help():
 def test_an_estimator_in_another_scale_is_refused():
     with pytest.raises(InputError, match="scale"): llama(estimator="trig")
 
-@pytest.mark.parametrize("wrong", [dict(keep=[4]), dict(keep=[-5]), dict(estimator="nobody")])
+@pytest.mark.parametrize("wrong", [dict(keep=[4]), dict(keep=[-5]), dict(estimator="nobody"), dict(keep=2),
+    dict(keep="first"), dict(length=0), dict(tokens=0), dict(texts=None), dict(texts=[[1], [3]]), dict(texts="words")])
 def test_what_does_not_fit_leaves_the_model_as_it_was(wrong):
     model, ids = make("llama"), text()
     before, name = logits(model, ids), model.config._attn_implementation
-    with pytest.raises(InputError): linearize(model, text(6), **dict(length=40, progress=False) | wrong)
+    with pytest.raises(InputError): linearize(model, **dict(texts=text(6), length=40, progress=False) | wrong)
     assert model.config._attn_implementation == name and torch.equal(before, logits(model, ids)) and not recording
+
+def test_windows_that_a_model_cannot_take_are_refused():
+    model = make("gpt2")
+    with pytest.raises(InputError, match="positions"): linearize(model, torch.zeros(1, 5000).long(), length=5000)
+    with pytest.raises(InputError, match="no model of transformers"): linearize("gpt2", text())
 
 def test_no_features_is_sinks_and_window():
     q, k, v = (torch.randn(2, h, 30, 8, dtype=torch.float64) for h in (4, 2, 2))

@@ -219,6 +219,7 @@ def test_what_a_folder_may_not_be(tmp_path, capsys):
                        (["nan", "--out", "x"], "w.weight: w holds NaN"),
                        (["cut", "--out", "x"], "damaged"), (["small", "--out", "x"], "quantized already"),
                        (["m", "--unpack", "--out", "x"], "no quantized weights"),
+                       (["small", "--unpack", "--bits", "4", "--out", "x"], "--bits has no effect"),
                        (["nowhere", "--unpack", "--out", "x"], "no quantized weights")):
         args = [str(tmp_path/a) if a in ("nowhere", "empty", "m", "nan", "cut", "small", "x") else a for a in args]
         with pytest.raises(SystemExit) as e: main(["quantize", *args])

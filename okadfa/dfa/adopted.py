@@ -54,6 +54,7 @@ def feedback_callback(
 ):                                 # a `TrainerCallback`
     "Train by direct feedback inside the `Trainer` of `transformers`"
     from transformers import TrainerCallback
+    if not isinstance(hook, DFAHook): raise InputError("need a hook: feedback_callback(DFAHook(model))")
     def checkpoint(args, state): return Path(args.output_dir)/f"checkpoint-{state.global_step}"
 
     class FeedbackCallback(TrainerCallback):

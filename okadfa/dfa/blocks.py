@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORM', 'unwrapped', 'outermost_lists', 'Stack', 'stream_width', 'norm_behind', 'find_stack', 'first_name',
-           'hidden_of', 'on_input', 'on_output', 'is_hooked', 'adds_to', 'need_branch', 'need_residual', 'Gate',
-           'stand_still', 'attention_in']
+           'hidden_of', 'on_input', 'on_output', 'need_all', 'is_hooked', 'adds_to', 'need_branch', 'need_residual',
+           'Gate', 'stand_still', 'attention_in']
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260004
 import inspect, re
@@ -128,12 +128,22 @@ def on_output(module:nn.Module, change:Callable):
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb26001a
 def refuse_hooks_inside(block:nn.Module) -> None:
-    "Older `transformers` run a layer's hooks inside of checkpointing, where they would cut nothing, in silence"
+    """Raise `InputError` for a block that is cut already: of two hooks only one would be heard. And for one whose
+    `transformers` is so old that it runs hooks inside of checkpointing, where they would cut nothing, in silence"""
+    if is_hooked(block): raise InputError("another DFAHook is active on this model: detach() it first")
     if getattr(block, "gradient_checkpointing", False) and type(block).__call__ is not nn.Module.__call__:
         raise InputError("this version of transformers runs hooks inside gradient checkpointing: "
                          "pip install -U transformers, or model.gradient_checkpointing_disable()")
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb26001c
+def need_all(
+    begun:int,    # blocks that have begun
+    done:int,     # blocks that have run; fewer where one of them raised
+    n:int,        # blocks that there are
+) -> None:
+    "Raise `InputError` for a forward pass that ended between two blocks: no error was sent to any of them"
+    if 0 < begun == done < n: raise InputError(f"only {done} of {n} blocks have run: each must run once (no LayerDrop)")
+
 def is_hooked(
     block:nn.Module,     # of a model
 ) -> bool:

@@ -120,9 +120,14 @@ def compare_model(
     if any(map(is_hooked, find_stack(model).blocks)):
         raise InputError("a DFAHook is active on this model, so its loss is not backpropagation's: detach() it first")
     groups, hook = groups or stack_groups(model), DFAHook(model, feedback, **choices)
+    if isinstance(feedback, str) and hook.feedback.learns == "errors":
+        raise InputError(f"new {feedback} matrices have learnt nothing: train with a hook, pass feedback=hook.feedback")
     params = [p for ps in groups.values() for p in ps]
+    if not params: raise InputError("no parameter of this model is trained (requires_grad): there is no gradient")
     with as_it_was(model, hook.feedback):
-        true = iter(torch.autograd.grad(loss_of(model, batch), params, allow_unused=True))
+        loss = loss_of(model, batch)
+        if loss is None or loss.numel() != 1: raise InputError("the loss must be one number: take its mean")
+        true = iter(torch.autograd.grad(loss, params, allow_unused=True))
         with hook: through = loss_of(model, batch)
         got = iter(torch.autograd.grad(through, params, allow_unused=True))
     def flat(grads, ps):
@@ -139,6 +144,7 @@ def compare_gradients(
 ) -> dict[str, dict]:      # for each group and "all": cosine, error, mse, norm, norm_ref
     "GradCosine and GradError by group: of a model on a batch, or of two losses"
     if isinstance(loss, nn.Module): return compare_model(loss, reference, groups, floor, **choices)
+    if not isinstance(loss, Tensor): raise InputError(f"need a model and a batch, or two losses, got {loss!r}")
     return compare_losses(loss, reference, groups, floor, **choices)
 
 # %% ../../nbs/dfa/23_diagnostics.ipynb #cdd10010
@@ -148,6 +154,8 @@ def plot_alignment(
 ):                             # a matplotlib figure
     "By block: does the gradient agree with backpropagation's, and how far off is it?"
     from matplotlib.figure import Figure
+    if not all("block0" in rows for rows in found.values()):
+        raise InputError("plot_alignment draws named curves: plot_alignment({'mine': compare_gradients(model, batch)})")
     fig = Figure(figsize=(8.5, 3), layout="constrained")
     cosine, error = fig.subplots(1, 2)
     for (name, rows), mark in zip(found.items(), "os^Dv<>P*X"*len(found)):
@@ -161,6 +169,7 @@ def plot_alignment(
     for ax, level in ((cosine, 0), (error, 1)):
         ax.axhline(level, color="grey", lw=.8, ls=":")
         ax.set_xlabel("block (1 is next to the embedding)")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     cosine.legend(frameon=False, fontsize=8)
     if title: fig.suptitle(title)
     return fig

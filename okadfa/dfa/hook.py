@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from ..core import InputError
 from .blocks import Gate, attention_in, find_stack, need_branch, need_residual
-from .blocks import on_input, on_output, refuse_hooks_inside, stand_still
+from .blocks import need_all, on_input, on_output, refuse_hooks_inside, stand_still
 from .feedback import FeedbackMatrices
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0c68e95
@@ -177,8 +177,8 @@ def _check_words(asked:Choices) -> None:
     for name, x, known in (("embedding", asked.embedding, EMBEDDING_CREDITS), ("site", asked.site, SITES),
                            ("error_norm", asked.error_norm, ERROR_NORMS)):
         if x not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {x!r}")
-    if asked.rounds < 0 or not 0 <= asked.damping < 1:
-        raise InputError(f"need rounds >= 0 and 0 <= damping < 1, got {asked.rounds} and {asked.damping}")
+    if int(asked.rounds) != asked.rounds or asked.rounds < 0 or not 0 <= asked.damping < 1:
+        raise InputError(f"need whole rounds >= 0 and 0 <= damping < 1, got {asked.rounds} and {asked.damping}")
 
 def _check_together(asked:Choices, inner:int, halves:int) -> None:
     "Do the choices, the number of inner modules and that of branches fit one another?"
@@ -227,12 +227,13 @@ def block_errors(
 class CutPass:
     "One forward pass through blocks that are cut apart"
     def __init__(self, asked:Choices):
-        self.asked, self.done = asked, 0                     # blocks that have run
+        self.asked, self.begun, self.done = asked, 0, 0      # blocks that have begun, and that have run
         self.inputs, self.outputs, self.branches, self.gate = [], [], [], Gate()
         self.boxes = []                                      # (letter box, its layer, or None inside a block)
 
     def enter(self, l:int, x:Tensor) -> Tensor:
         "Cut below block `l`: what it computes with instead of `x`"
+        self.begun = l + 1
         if l == 0 and self.asked.embedding == "direct": self.post(0, x)
         if l > 0 or self.asked.embedding != "block": x = cut(x)
         if self.asked.keeps_graphs: self.inputs.append(x)
@@ -257,12 +258,11 @@ class CutPass:
 
     def leave(self, l:int, out:Tensor) -> None:
         "Block `l` has run"
-        if self.done != l: raise RuntimeError(f"block {l} ran out of order: DFAHook needs each block once, in order")
+        if self.done != l: raise InputError(f"block {l} ran out of order: each must run once, in order (no LayerDrop)")
+        if self.asked.half_round and not self.branches: need_residual(out, self.inputs[l], l)
         self.done += 1
         self.post(l, out)
-        if not self.asked.keeps_graphs: return
-        self.outputs.append(out)
-        if self.asked.half_round and not self.branches: need_residual(out, self.inputs[l], l)
+        if self.asked.keeps_graphs: self.outputs.append(out)
 
 # %% ../../nbs/dfa/21_hook.ipynb #c379bc16
 def close_pass(
@@ -311,9 +311,10 @@ class CutStack:
         self._handles += [on_input(m, lambda x, i=i: self._pass.enter_inner(i, x)) for i, m in enumerate(self.inner)]
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind=None, *exc):
         for h in self._handles: h.remove()
-        self._handles, self._pass = [], CutPass(self.asked)
+        last, self._handles, self._pass = self._pass, [], CutPass(self.asked)
+        if exc and kind is None: need_all(last.begun, last.done, len(self.blocks))     # a `with` that ends well
 
     attach, detach = __enter__, __exit__                     # for training that no `with` can stand around
 
@@ -340,6 +341,10 @@ def resolve(
 ) -> tuple:          # a list of lists of modules; `FeedbackMatrices`
     "What a hook is to cut, and by which matrices. Raises `InputError` where that is not clear"
     width = None
+    if not isinstance(blocks, (nn.Module, list, tuple)):
+        raise InputError(f"DFAHook takes a model, or modules in running order, got a {type(blocks).__name__}")
+    if not isinstance(feedback, (str, nn.Module)):
+        raise InputError(f"feedback must be FeedbackMatrices or the name of a kind, got {feedback!r}")
     if isinstance(blocks, nn.Module) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         stack = find_stack(blocks)
         device = next((p.device for p in blocks.parameters()), None)

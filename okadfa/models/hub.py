@@ -198,6 +198,7 @@ class KernelCache(Cache):
     ):
         layers = DynamicCache(config=model.config).layers
         replaced = [m.layer_idx for m in model.modules() if heads_of(m) is not None and hasattr(m, "layer_idx")]
-        if not replaced: raise InputError("no layer of this model is replaced: call linearize(model, ...) first")
+        if not replaced: raise InputError("no layer of this model is replaced: call linearize(model, ...) first "
+                                        "(it leaves layers alone that have a sliding window of their own)")
         for l in replaced: layers[l] = KernelCacheLayer()
         super().__init__(layers=layers)

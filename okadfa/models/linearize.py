@@ -67,10 +67,13 @@ def windows_of(
     length:int,          # of a window
 ) -> list[Tensor]:       # each [1 length]
     "Windows of token ids. Raises `InputError` where there is no whole window"
+    if tokens < 1 or length < 1: raise InputError(f"tokens and length are numbers of tokens, got {tokens} and {length}")
     if torch.is_tensor(texts): ids = texts.flatten() if texts.ndim == 1 else texts
     else:
+        texts = [texts] if isinstance(texts, str) else list(texts or ())
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError("texts must be strings, or a tensor of token ids [b n]")
         if tokenizer is None: raise InputError("texts are strings: pass tokenizer=, or token ids")
-        texts = [texts] if isinstance(texts, str) else list(texts)
         ids = torch.tensor(sum((tokenizer(text)["input_ids"] for text in texts), []))
     rows = list(ids[:, :length].split(1)) if ids.ndim == 2 else [x[None] for x in ids.split(length) if len(x) == length]
     if not rows: raise InputError(f"{ids.numel()} tokens are less than one window: give more text, or length=")
@@ -120,12 +123,13 @@ def linearize(
 
     Raises `InputError`, with the model as it was, for models whose attention cannot be replaced"""
     if estimator is not None: ESTIMATORS.find(estimator)
-    before = getattr(model.config, "_attn_implementation", None)
     if keep == "all": return model
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     ask_by_name(model)
     try:
-        slides = set()
-        layers = record_heads(model, windows_of(texts, tokenizer, tokens, length), slides)
+        slides, windows = set(), windows_of(texts, tokenizer, tokens, length)
+        _check_positions(model, windows[0].shape[1])
+        layers = record_heads(model, windows, slides)
         chosen = _chosen(layers, keep, slides)
         how = dict(estimator=estimator, m=m, window=window, sinks=sinks, steps=steps)
         new = [fit_heads(*layers[module], seed=seed + l, **how) for l, module in _bar(chosen, progress)]
@@ -137,10 +141,16 @@ def linearize(
 # %% ../../nbs/models/46_linearize.ipynb #c900000f
 def _chosen(layers, keep, slides):
     "Number and module of the layers that are replaced"
+    if isinstance(keep, (int, str)): raise InputError(f"keep must be a list of layers, or 'all', got {keep!r}")
     wrong = [l for l in keep if l not in range(-len(layers), len(layers))]
     if wrong: raise InputError(f"keep names layer {wrong[0]}, the model's attention layers are 0 to {len(layers) - 1}")
     kept = {l % len(layers) for l in keep}
     return [(l, module) for l, module in enumerate(layers) if l not in kept and module not in slides]
+
+def _check_positions(model, n):
+    "A model is read in windows that it can take: beyond them learnt positions end, and others mean nothing"
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or n
+    if n > most: raise InputError(f"a window of {n} tokens is more than the model's {most} positions: give length=")
 
 def _bar(items, progress):
     from rich.progress import track

@@ -253,7 +253,9 @@ def quantize_command(checkpoint, bits, code, out, unpack, embedding_bits, result
     """
     from okadfa.models.folder import is_run, quantize_folder, unpack_folder
     if out.exists(): raise InputError(f"{out} exists: choose another --out")
-    if unpack: return click.echo(f"{out}: {', '.join(unpack_folder(checkpoint, out))}")
+    if unpack:
+        _refuse_given("--unpack, which finds it in CHECKPOINT", "bits", "code", "embedding_bits")
+        return click.echo(f"{out}: {', '.join(unpack_folder(checkpoint, out))}")
     sizes = tuple(dict.fromkeys(read_list("bits", bits, float)))
     if not sizes: raise InputError("bits must be a number, or several separated by commas")
     if is_run(checkpoint): return _quantize_run(checkpoint, sizes, code, out, results, **source)
@@ -275,6 +277,13 @@ def _quantize_run(checkpoint, sizes, code, out, results, data, split, tokenizer,
     if results:
         for row in rows: append_row(results/"quantize.jsonl", row)
     print_quantized(rows, out)
+
+def _refuse_given(beside, *names):
+    "Raise `InputError` for an option that would have no effect"
+    context, line = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    for name in names:
+        if context.get_parameter_source(name) == line:
+            raise InputError(f"--{name.replace('_', '-')} has no effect beside {beside}: leave it out")
 
 def _print_folder(r, out):
     "What became of a folder"
