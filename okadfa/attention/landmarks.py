@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .decode import turned
+from .decode import BatchRows, turned
 from ..core import InputError
 from ..kernels.favor import NEVER
 
@@ -235,7 +235,7 @@ def landmark_attention_ref(
         near.append((k[i], v[i], one, one*0, one*0))
         x, y, count, _, spread = (torch.stack(part) for part in zip(*points, *near))
         qi = q[i]*k.shape[1]**-0.5
-        P = (x @ qi + count.log() + (qi.norm()*spread.sqrt()).cosh().log()).softmax(0)
+        P = (x @ qi + count.log() + (qi.norm()*(spread + 1e-30).sqrt()).cosh().log()).softmax(0)
         out.append(P @ y)
         both = [(*p[:3], p[3] + w.detach(), p[4]) for p, w in zip(points + near, P)]
         points, near = both[:len(points)], both[len(points):]
@@ -253,6 +253,7 @@ def _start(state, k, v):
     state.seen, state.held = torch.zeros(2, b, dtype=torch.long, device=k.device)    # positions; of them in the window
 
 _STORED = "keys values mass sink_keys sink_values seen held".split()
+_MARKS = [f"mark_{name}" for name in Landmarks._fields]
 
 def _take_window(state, k, v, mass):
     "What the window of each row holds at its end"
@@ -265,6 +266,17 @@ def _take_window(state, k, v, mass):
         where = at.expand(-1, x.shape[1], -1)
         old.copy_(x.gather(2, where if x.ndim == 3 else _wide(where, x)))
     state.sink_keys[:, :, :s], state.sink_values[:, :, :s] = k[:, :, :s], v[:, :, :s]
+
+def _prompt(state, q, k, v, first):
+    "All positions at once"
+    _start(state, k, v)
+    n, lengths = k.shape[2], None
+    if first is not None: lengths, (q, k, v) = n - first, (turned(x, first) for x in (q, k, v))
+    state.n, state.seen = n, state.seen + n if first is None else lengths
+    out, state.marks, mass = landmark_rows(q, k, v, state.c, state.scale, lengths)
+    _take_window(state, k, v, mass)
+    if first is None: return out
+    return turned(out, first, back=True)*(torch.arange(n, device=k.device) >= first[:, None])[:, None, :, None]
 
 # %% ../../nbs/attention/09_landmarks.ipynb #c9000019
 def _make_room(state):
@@ -302,26 +314,25 @@ def _look(state, q):
     return out.flatten(1, 3)
 
 # %% ../../nbs/attention/09_landmarks.ipynb #c900001a
-class LandmarkState:
+class LandmarkState(BatchRows):
     "Recurrent form of `landmark_attention`: constant memory and time a token. No gradients"
     def __init__(self,
         c:LandmarkConfig=LandmarkConfig(),   # what is kept
         scale:float|None=None,               # of the logits, default d^-1/2
     ):
-        self.c, self.scale, self.n, self.marks = c, scale, 0, None
+        self.c, self.scale, self.n, self.mark_keys = c, scale, 0, None
+
+    @property
+    def marks(self) -> Landmarks|None:
+        return None if self.mark_keys is None else Landmarks(*(getattr(self, name) for name in _MARKS))
+    @marks.setter
+    def marks(self, x):
+        for name, y in zip(_MARKS, x): setattr(self, name, y)
 
     @torch.inference_mode()
     def prefill(self, q:Tensor, k:Tensor, v:Tensor, first:Tensor|None=None) -> Tensor:
         "A prompt: q [b h n d], k and v [b h_k n ..]; row r begins at first[r] -> [b h n d_v], zeros before"
-        if self.n: return self.extend(q, k, v)
-        _start(self, k, v)
-        n, lengths = k.shape[2], None
-        if first is not None: lengths, (q, k, v) = n - first, (turned(x, first) for x in (q, k, v))
-        self.n, self.seen = n, self.seen + n if first is None else lengths
-        out, self.marks, mass = landmark_rows(q, k, v, self.c, self.scale, lengths)
-        _take_window(self, k, v, mass)
-        if first is None: return out
-        return turned(out, first, back=True)*(torch.arange(n, device=k.device) >= first[:, None])[:, None, :, None]
+        return self.extend(q, k, v) if self.n else _prompt(self, q, k, v, first)
 
     @torch.inference_mode()
     def step(self, q:Tensor, k:Tensor, v:Tensor) -> Tensor:
@@ -335,8 +346,8 @@ class LandmarkState:
         "Some positions: q [b h n d], k and v [b h_k n ..] -> [b h n d_v]"
         return torch.stack([self.step(*(x[:, :, i] for x in (q, k, v))) for i in range(k.shape[2])], 2)
 
-    def each(self, f) -> None:
-        "Put f(tensor [b ...]) in the place of every tensor"
-        if self.marks is None: return
-        self.marks = Landmarks(*map(f, self.marks))
-        for name in _STORED: setattr(self, name, f(getattr(self, name)))
+    def crop(self, count:int) -> None:
+        "Raises `InputError`: the last positions have looked at the others, and that counts"
+        raise InputError("a cache with landmarks cannot take tokens out again")
+
+    def tensors(self) -> list[str]: return [] if self.marks is None else [*_STORED, *_MARKS]
