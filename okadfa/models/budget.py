@@ -17,7 +17,7 @@ from ..core import InputError
 # %% ../../nbs/models/88_budget.ipynb #cb880008
 def stand_ins(
     model:nn.Module,     # linearized
-) -> dict:               # number of the layer, as `linearize` counts -> (its module, what stands in; None: switched off)
+) -> dict:               # number of the layer -> (its module, what stands in; None: switched off)
     "The replaced layers of a model. Raises `InputError` where there are none"
     found = [m for m in model.modules() if "okadfa" in m._modules]
     if not found: raise InputError("no layer of this model is replaced: call linearize(model, ...) first")
