@@ -125,8 +125,9 @@ def _logits(model, ids, at):
     "At positions `at` [b |at| v]"
     from inspect import signature
     if "logits_to_keep" in signature(type(model).forward).parameters:
-        return model(ids, use_cache=False, logits_to_keep=at).logits
-    return model(ids, use_cache=False).logits[:, at]
+        logits = model(ids, use_cache=False, logits_to_keep=at).logits
+    else: logits = model(ids, use_cache=False).logits[:, at]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 def step_loss(
     adapted:Adapted,     # model with adapters
@@ -136,10 +137,10 @@ def step_loss(
 ) -> Tensor:             # scalar, in nats a token
     "Divergence from the teacher, or cross-entropy of the text"
     if loss == "text":
-        return F.cross_entropy(_logits(adapted.model, ids, at).float().flatten(0, 1), ids[:, at + 1].flatten())
+        return F.cross_entropy(_logits(adapted.model, ids, at).flatten(0, 1), ids[:, at + 1].flatten())
     with torch.no_grad(), adapted.without(), replaced(adapted.model, ()):
-        teacher = _logits(adapted.model, ids, at).float().log_softmax(-1).flatten(0, 1)
-    student = _logits(adapted.model, ids, at).float().log_softmax(-1).flatten(0, 1)
+        teacher = _logits(adapted.model, ids, at).log_softmax(-1).flatten(0, 1)
+    student = _logits(adapted.model, ids, at).log_softmax(-1).flatten(0, 1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 # %% ../../nbs/models/89_adapt.ipynb #cb890020
