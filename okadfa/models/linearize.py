@@ -6,7 +6,7 @@
 __all__ = ['ask_by_name', 'shown', 'record_heads', 'windows_of', 'fit_heads', 'linearize', 'Kept', 'load_linearized']
 
 # %% ../../nbs/models/46_linearize.ipynb #c9000004
-import itertools, json, math, os
+import itertools, json, os, sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,9 +155,10 @@ def _chosen(layers, keep, slides):
 
 def _split(texts, tokenizer, tokens, length, training, budget):
     "Windows to fit and train on; some at the end that are not, where a budget asks for a measurement"
-    windows = windows_of(texts, tokenizer, math.inf if training or budget is not None else tokens, length)
+    all_of_it = bool(training) or budget is not None
+    windows = windows_of(texts, tokenizer, sys.maxsize if all_of_it else tokens, length)
     held = 0 if budget is None else min(HELD, len(windows)//4)
-    if budget is not None and not held: raise InputError("a budget is measured on a quarter of the text: give more text")
+    if budget is not None and not held: raise InputError(f"a budget is measured on windows of their own: {len(windows)} are too few")
     return windows[:len(windows) - held], windows[len(windows) - held:]
 
 def _fit_all(layers, chosen, c, how, seed, kept, progress):
@@ -176,6 +177,15 @@ def _fit_all(layers, chosen, c, how, seed, kept, progress):
     return new
 
 # %% ../../nbs/models/46_linearize.ipynb #c9a00002
+def _stored_heads(c, weights, prefix):
+    "`KernelHeads` with the stored weights of one layer"
+    shapes = {name[len(prefix):]: x for name, x in weights.items() if name.startswith(prefix)}
+    d = next(x.shape[-1] for name, x in shapes.items() if name.endswith(("Wq", "projection", "zero")))
+    features = NoFeatures(d) if c["estimator"] is None else make_features(c["estimator"], d, c["m"])
+    heads = KernelHeads(features, c["window"], c["sinks"])
+    heads.load_state_dict(shapes)
+    return heads
+
 class Kept:
     "Stand-ins that are finished, a file each, and the settings that they belong to"
     def __init__(self,
@@ -207,15 +217,6 @@ class Kept:
         return _stored_heads(c, load_file(path), "")
 
 # %% ../../nbs/models/46_linearize.ipynb #c9000014
-def _stored_heads(c, weights, prefix):
-    "`KernelHeads` with the stored weights of one layer"
-    shapes = {name[len(prefix):]: x for name, x in weights.items() if name.startswith(prefix)}
-    d = next(x.shape[-1] for name, x in shapes.items() if name.endswith(("Wq", "projection", "zero")))
-    features = NoFeatures(d) if c["estimator"] is None else make_features(c["estimator"], d, c["m"])
-    heads = KernelHeads(features, c["window"], c["sinks"])
-    heads.load_state_dict(shapes)
-    return heads
-
 @contextmanager
 def _quietly():
     "Without the report of weights that `transformers` has no room for: they are read below"
