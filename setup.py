@@ -16,6 +16,7 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["okadfa", "okadfa.*"]),
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split(),
+                    "adopt": cfg["adopt_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -52,6 +52,7 @@ def distill(
     rows:int=512,           # query rows a step, of each head
     causal:bool=True,       # row i sees keys 0..i; else all
     seed:int=0,             # of the rows drawn
+    tell=None,              # called after every step
     **exact,                # for attention with exact keys: local, window, sinks, see `row_divergence`
 ) -> list[float]:           # `row_divergence` at every step
     "Train a feature map to give the rows of softmax attention. Raises `InputError` where there is nothing to train"
@@ -68,6 +69,7 @@ def distill(
         loss = row_divergence(seen, q[text][:, :, at], k[text], at, causal, **exact)*h
         opt.zero_grad(); loss.backward(); opt.step()
         losses.append(loss.item()/h)
+        if tell: tell()
     return losses
 
 # %% ../../nbs/attention/17_distill.ipynb #c2c47636
@@ -110,7 +112,7 @@ class LearnedFeatures(HeadFeatures):
         *,
         steps:int=500,           # of distillation; 0: the fitted features as they are
         causal:bool=True,        # see `distill`
-        **kwargs,                # for `distill`: lr, rows; local, window, sinks
+        **kwargs,                # for `distill`: lr, rows, tell; local, window, sinks
     ):                           # self
         "`FittedFeatures.fit`, then `distill`"
         exact = {name: x for name, x in kwargs.items() if name in ("local", "window", "sinks")}

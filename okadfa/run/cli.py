@@ -15,6 +15,7 @@ from ..core import InputError, assert_rel, default_device, provenance, version_o
 from .. import bench
 from ..bench.measure import BENCHMARKS, run_benchmark
 from ..models.lm import PRESETS, LMConfig
+from .adopt import linearize_command
 from .commands import DATA_HELP, TOKENIZER_HELP, evaluate_command, generate_command, path_option
 from .commands import export_command, quantize_command, train_command, whole_paths
 from ..options import Command, FieldOption, load_plugin, plugins_of, read_list
@@ -42,13 +43,14 @@ def cli():
       okadfa evaluate runs/okadfa --split test
       okadfa generate runs/okadfa --prompt "The game"
       okadfa export runs/okadfa my-model
+      okadfa linearize their-model their-linear-model --text train.txt
 
     Every command takes --plugin FILE.py, a file that registers mixers, credit rules, kinds of feedback, estimators or
     benchmarks of your own.
     """
 
-for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command):
-    cli.add_command(_command)
+for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command,
+                 linearize_command): cli.add_command(_command)
 
 # %% ../../nbs/run/66_cli.ipynb #c000000a
 def _check_attention():
