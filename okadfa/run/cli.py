@@ -16,7 +16,7 @@ from .. import bench
 from ..bench.measure import BENCHMARKS, run_benchmark
 from ..models.lm import PRESETS, LMConfig
 from .commands import DATA_HELP, TOKENIZER_HELP, evaluate_command, generate_command, path_option
-from .commands import export_command, quantize_command, train_command, whole_paths
+from .commands import export_command, probe_command, quantize_command, train_command, whole_paths
 from ..options import Command, FieldOption, load_plugin, plugins_of, read_list
 from .sweeps import DEFAULTS, QUICK, SWEEPS, rules_of, titles_of
 from .train import TrainConfig
@@ -47,7 +47,8 @@ def cli():
     benchmarks of your own.
     """
 
-for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command):
+for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command,
+                 probe_command):
     cli.add_command(_command)
 
 # %% ../../nbs/run/66_cli.ipynb #c000000a
