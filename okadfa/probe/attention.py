@@ -107,7 +107,8 @@ class AttentionQuestion:
         found, single = [], any(STAND_INS[name].controlled for name in self.arms)
         for i, n in enumerate(self.judged):
             controls = [control_of(name, self.size, self.d, self.d_v, n) for name in self.arms]
-            names = dict.fromkeys([*self.arms, *(c for c in controls if c)])
+            plain = [name for name, control in zip(self.arms, controls) if control is None]       # the cheap ones first
+            names = dict.fromkeys([*plain, *filter(None, controls), *self.arms])
             found += [dict(question="attention", arm=name, context=n) for name in names]
             if single and i == 0:
                 found += [dict(question="layers", of=of, context=n) for of in ("best features", "control")]
@@ -202,4 +203,4 @@ def measure_layers(
         found = {f"{b:g}": layers_within(costs, nats_of, softmax, b) for b in budgets}
     within = {b: dict(layers=w.layers, nats=w.nats) for b, w in found.items()}
     return dict(arm=arm, softmax_nats=softmax, alone=alone, within=within, layer_tokens=windows.numel(),
-                points=sorted({(len(key), nats) for key, nats in seen.items()}))
+                points=sorted([len(key), nats] for key, nats in seen.items()))
