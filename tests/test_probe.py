@@ -1,7 +1,7 @@
 "The probe: three questions to small models, resumed runs, refusals, and numbers that are known without it"
 import json
 import pytest, torch
-from okadfa.core import InputError, assert_rel, read_rows
+from okadfa.core import assert_rel, read_rows
 from okadfa.dfa.diagnostics import compare_gradients
 from okadfa.models.checkpoint import save_model
 from okadfa.models.lm import LMConfig, LanguageModel
@@ -19,8 +19,8 @@ WORDS = 300
 PROSE = "The quick brown fox jumps over the lazy dog, and then it sleeps. Nobody knows why %d foxes do.\n"
 SIZE = dict(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
             bos_token_id=0, eos_token_id=0, pad_token_id=0)
-KINDS = dict(llama=dict(intermediate_size=160, num_key_value_heads=2, initializer_range=.2), gpt2=dict(initializer_range=.2),
-             bert=dict(intermediate_size=48), bloom=dict())
+KINDS = dict(llama=dict(intermediate_size=160, num_key_value_heads=2, initializer_range=.2), bloom={},
+             gpt2=dict(initializer_range=.2), bert=dict(intermediate_size=48))
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
@@ -44,12 +44,13 @@ def place(tmp_path_factory):
     for kind in KINDS:
         make(kind).save_pretrained(d/kind); fast.save_pretrained(d/kind)
     save_model(LanguageModel(LMConfig(vocab_size=257, d_model=64, n_layers=2, n_heads=2, max_len=64)), d/"ours")
-    (d/"text.txt").write_text(text); (d/"short.txt").write_text("Too short."); (d/"bytes.txt").write_bytes(b"ab\xff\xfe"*500)
+    (d/"text.txt").write_text(text); (d/"short.txt").write_text("Too short.")
+    (d/"bytes.txt").write_bytes(b"ab\xff\xfe"*500)
     return d
 
 def settings(place, model, results, **more):
-    small = dict(text=str(place/"text.txt"), context=(32, 48), tokens=96, fit_tokens=64, layer_tokens=32, credit_tokens=24,
-                 m=8, window=6, sinks=2, steps=2)
+    small = dict(text=str(place/"text.txt"), context=(32, 48), tokens=96, fit_tokens=64, layer_tokens=32,
+                 credit_tokens=24, m=8, window=6, sinks=2, steps=2)
     return ProbeSettings(str(place/model), **(small | dict(results=str(results)) | more))
 
 # ---- all three questions
@@ -81,7 +82,7 @@ def test_every_question_is_answered(answers, kind):
 
 def test_rows_say_what_they_are(answers):
     common = {"model", "text", "text_sha", "seed", "question", "seconds", "provenance"}
-    keys = dict(attention={"arm", "context", "perplexity", "positions", "numbers", "m", "window", "sinks", "steps", "fit"},
+    keys = dict(attention={"arm", "context", "perplexity", "positions", "numbers", "m", "window", "sinks", "fit"},
                 layers={"of", "arm", "alone", "within", "points", "softmax_nats", "layer_tokens"},
                 credit={"rule", "steps", "error_cosine", "error_error", "gradient_cosine", "gradient_error", "all"},
                 weights={"method", "bits", "bits_per_weight", "bytes", "perplexity"})
@@ -153,8 +154,8 @@ def test_a_window_as_long_as_the_text_is_softmax(arm):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "ours"])
 def test_as_many_rounds_as_blocks_are_exact(kind):
     blocks, ids = 4, torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
-    if kind == "ours": model = LanguageModel(LMConfig(vocab_size=257, d_model=32, n_layers=blocks, n_heads=2, max_len=64))
-    else: model = make(kind, num_hidden_layers=blocks)
+    config = LMConfig(vocab_size=257, d_model=32, n_layers=blocks, n_heads=2, max_len=64)
+    model = LanguageModel(config) if kind == "ours" else make(kind, num_hidden_layers=blocks)
     question = CreditQuestion(model.double().eval(), ids)
     question.rules = shortcuts(blocks, rounds=(1, blocks - 1), stages=(2,))
     one, exact, stages = (question.measure(dict(rule=r)) for r in ("1 round", "3 rounds", "stages of 2"))
@@ -200,19 +201,26 @@ def test_a_ring_forgets_what_a_window_does():
 
 # ---- refusals
 
-def refused(capsys, tmp_path, place, model="llama", says="", **flags):
-    small = dict(text=place/"text.txt", context="32", tokens=64, fit_tokens=64, credit_tokens=24, results=tmp_path/"rows.jsonl")
-    args = [x for k, v in (small | flags).items() for x in ("--" + k.replace("_", "-"), str(v))]
+def command(place, model, tmp_path, **flags):
+    "Its exit code"
+    small = dict(text=place/"text.txt", context="32", tokens=64, fit_tokens=64, credit_tokens=24)
+    flags = small | dict(results=tmp_path/"rows.jsonl") | flags
+    args = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
     with pytest.raises(SystemExit) as e: main(["probe", str(place/model), *args])
+    return e.value.code
+
+def refused(capsys, tmp_path, place, model="llama", says="", **flags):
+    code = command(place, model, tmp_path, **flags)
     err = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and err[-1].startswith("okadfa: ") and says in err[-1], err
+    assert code == 2 and err[-1].startswith("okadfa: ") and says in err[-1], err
     assert not any(tmp_path.iterdir())
 
 @pytest.mark.parametrize("flags,says", [
     (dict(text="nowhere.txt"), "--text must be a text file"), (dict(fit="nowhere.txt"), "--fit must be a text file"),
     (dict(context="65"), "64 tokens"), (dict(tokens=9000, context="8000"), "8000 must see"),
-    (dict(context="128", tokens=256, fit_tokens=128), "64 positions"), (dict(context="1"), "at least 2"), (dict(questions="colour"), "colour"),
-    (dict(arms="landmark"), "landmark"), (dict(m=0), "m must be"), (dict(sinks=-1), "must not be negative")])
+    (dict(context="128", tokens=256, fit_tokens=128), "64 positions"), (dict(context="1"), "at least 2"),
+    (dict(questions="colour"), "colour"), (dict(arms="landmark"), "landmark"),
+    (dict(m=0), "m must be"), (dict(sinks=-1), "must not be negative")])
 def test_bad_flags(capsys, tmp_path, place, flags, says): refused(capsys, tmp_path, place, says=says, **flags)
 
 @pytest.mark.parametrize("name,says", [("short.txt", "give a longer --text"), ("bytes.txt", "not utf-8")])
@@ -233,10 +241,8 @@ def test_the_other_questions_go_on(place, tmp_path, model, says):
     assert {r["question"] for r in rows} == {"credit", "weights"}
 
 def test_the_command(capsys, tmp_path, place):
-    args = dict(text=place/"text.txt", context="32", tokens=64, fit_tokens=64, credit_tokens=24, results=tmp_path/"rows.jsonl",
-                arms="softmax,sinks & window", questions="attention,credit")
-    with pytest.raises(SystemExit) as e:
-        main(["probe", str(place/"llama"), *(x for k, v in args.items() for x in ("--" + k.replace("_", "-"), str(v)))])
+    code = command(place, "llama", tmp_path, arms="softmax,sinks & window", questions="attention,credit")
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "sequential" in out and "sinks & window" in out and "half a round" in out
-    assert len(read_rows(tmp_path/"rows.jsonl")) == 2 + len(shortcuts(2)) and (tmp_path/"rows.png").stat().st_size > 1000
+    assert code == 0 and "sequential" in out and "sinks & window" in out and "half a round" in out
+    assert len(read_rows(tmp_path/"rows.jsonl")) == 2 + len(shortcuts(2))
+    assert (tmp_path/"rows.png").stat().st_size > 1000

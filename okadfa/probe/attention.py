@@ -34,6 +34,7 @@ def head_errors(
     rows = F.cosine_similarity(heads(q, k, eye, None, scale), softmax_attention(q, k, eye, scale), -1)
     return error.sqrt().tolist(), rows.mean((0, 2)).tolist()
 
+# %% ../../nbs/probe/75_attention.ipynb #c7500032
 def decoder_of(heads:nn.Module, scale:float|None):
     "What steps in place of a layer; None for what cannot"
     from okadfa.models.hub import KernelHeads, NoFeatures
@@ -81,6 +82,7 @@ def split_windows(
     "Windows in batches that fit into memory"
     return list(ids.split(max(1, tokens//ids.shape[1])))
 
+# %% ../../nbs/probe/75_attention.ipynb #c7500033
 class AttentionQuestion:
     "What happens to a model when its attention is replaced. Raises `InputError` where it cannot be"
     def __init__(self,
@@ -98,7 +100,7 @@ class AttentionQuestion:
         self.layer_tokens, self.heads, self.seen, slides = layer_tokens, {}, {}, set()
         shapes = record_heads(model, [fitted[:1, :8]], slides)
         self.modules = [m for m in shapes if m not in slides]
-        if not self.modules: raise InputError("no layer of this model attends to its whole past: there is none to replace")
+        if not self.modules: raise InputError("no layer of this model attends to its whole past")
         _, k, v, _ = shapes[self.modules[0]]
         self.d, self.d_v = k.shape[-1], v.shape[-1]
 

@@ -123,4 +123,5 @@ class CreditQuestion:
                               for l in range(self.blocks)]}
         lists = {f"{what}_{of}": [_finite(r[of]) for r in found]
                  for what, found in by_block.items() for of in ("cosine", "error")}
-        return dict(blocks=self.blocks, steps=rule.steps, all={k: _finite(x) for k, x in together(rows, sizes).items()}) | lists
+        whole = {k: _finite(x) for k, x in together(rows, sizes).items()}
+        return dict(blocks=self.blocks, steps=rule.steps, all=whole) | lists

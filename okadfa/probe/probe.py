@@ -33,7 +33,7 @@ class ProbeSettings:
     model:str = option("smollm2-135m", "smollm2-135m, a folder of transformers, a name on the hub, or a run's folder",
                        argument=True)
     text:str = option("", "text file to judge on, utf-8  [default: the last tenth of Python's manual]")
-    fit:str = option("", "text file to fit feature maps on  [default: the beginning of --text, which is then not judged]")
+    fit:str = option("", "text file to fit on  [default: the beginning of --text, which is then not judged]")
     context:tuple[int, ...] = option((512, 2048), "tokens that see one another; errors of heads at the first only")
     questions:tuple[str, ...] = option(QUESTIONS, "what to ask", choices=QUESTIONS)
     arms:tuple[str, ...] = option((), "of attention, and their controls; none given: all", choices=STAND_INS)
@@ -59,7 +59,7 @@ class ProbeSettings:
         for flag in ("text", "fit"):
             if getattr(self, flag) and not Path(getattr(self, flag)).is_file():
                 raise InputError(f"--{flag} must be a text file, got {getattr(self, flag)!r}")
-        if Path(self.results).is_dir(): raise InputError(f"--results must be a file of rows, {self.results} is a folder")
+        if Path(self.results).is_dir(): raise InputError(f"--results must be a file, {self.results} is a folder")
 
 # %% ../../nbs/probe/79_probe.ipynb #c7900009
 class Texts(NamedTuple):
@@ -72,7 +72,7 @@ class Texts(NamedTuple):
 def _read(path):
     data = Path(path).read_bytes()
     try: data.decode()
-    except UnicodeDecodeError as e: raise InputError(f"{path} is not utf-8 (byte {e.start}): convert it first") from None
+    except UnicodeDecodeError as e: raise InputError(f"{path} is not utf-8 (byte {e.start}), convert it") from None
     return f"{Path(path).resolve().parent.name}/{Path(path).name}", data
 
 def read_texts(
@@ -109,14 +109,15 @@ def words_of(
     before = s.fit_tokens if fits and texts.fit is None else 0
     ids = _first(encode, texts.judged, before + max(s.tokens, s.credit_tokens))
     fitted = ids[:before] if texts.fit is None else _first(encode, texts.fit, s.fit_tokens)
-    judged = ids[before:]
-    if min(len(judged), s.tokens) < longest or len(judged) < s.credit_tokens:
+    judged, first = ids[before:], s.context[0]
+    usable = min(len(judged), s.tokens)
+    if usable < longest or len(judged) < s.credit_tokens:
         beside = f" beside the {before} that are fitted on" if before else ""
-        raise InputError(f"{texts.name} gives {min(len(judged), s.tokens)} tokens to judge on{beside}, and {longest} must see "
-                         "one another: give a longer --text, more --tokens, or a smaller --context")
-    if fits and len(fitted) < s.context[0]:
-        raise InputError(f"{texts.fit_name} gives {len(fitted)} tokens to fit on, fewer than a context of {s.context[0]}")
-    return Words({n: _windows(judged[:s.tokens], n) for n in s.context}, _windows(fitted, s.context[0]) if fits else None,
+        raise InputError(f"{texts.name} gives {usable} tokens to judge on{beside}, and {longest} must see one another: "
+                         "give a longer --text, more --tokens, or a smaller --context")
+    if fits and len(fitted) < first:
+        raise InputError(f"{texts.fit_name} gives {len(fitted)} tokens to fit on, fewer than a context of {first}")
+    return Words({n: _windows(judged[:s.tokens], n) for n in s.context}, _windows(fitted, first) if fits else None,
                  judged[None, :s.credit_tokens])
 
 # %% ../../nbs/probe/79_probe.ipynb #c790000c
@@ -130,8 +131,8 @@ def check_model(
     config = model.config
     limit = getattr(config, "max_position_embeddings", getattr(config, "max_len", None))
     longest = max(*words.judged, words.credit.shape[1])
-    if limit and longest > limit: raise InputError(f"{name} has {limit} positions: choose a --context (and --credit-tokens) "
-                                                   f"of at most that, not {longest}")
+    if limit and longest > limit:
+        raise InputError(f"{name} has {limit} positions: choose a --context (and --credit-tokens) of at most that")
     a = words.credit[:, :8].clone()
     b = a.clone(); b[:, -1] = (b[:, -1] + 1) % int(words.credit.max() + 1)
     a, b = (getattr(y, "logits", y)[:, :-1] for y in (model(a), model(b)))
@@ -149,8 +150,8 @@ def _attention(s, model, words, texts):
         raise InputError("a run of okadfa chose its mixer when it was trained: compare by `okadfa ablate mixers`")
     question = AttentionQuestion(model, words.judged, words.fitted, Size(s.m, s.window, s.sinks, s.steps, s.seed),
                                  s.arms, s.layer_tokens)
-    common = dict(tokens=s.tokens, fit=texts.fit_name, fit_tokens=s.fit_tokens, m=features_of(question.size, question.d),
-                  window=s.window, sinks=s.sinks, steps=s.steps)
+    common = dict(tokens=s.tokens, fit=texts.fit_name, fit_tokens=s.fit_tokens, window=s.window, sinks=s.sinks,
+                  steps=s.steps, m=features_of(question.size, question.d))
     for job in question.jobs():
         if job["question"] == "layers":
             yield Job(job | common | dict(layer_tokens=s.layer_tokens),
@@ -194,10 +195,10 @@ def is_done(key:dict, rows:list[dict]) -> bool:
 
 # %% ../../nbs/probe/79_probe.ipynb #c7900011
 def _bar(total:int, shown:bool):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown, speed_estimate_period=1800)
+    from rich import progress as p
+    columns = (p.TextColumn("{task.description}"), p.BarColumn(bar_width=20), p.MofNCompleteColumn(),
+               p.TimeElapsedColumn(), p.TextColumn("left"), p.TimeRemainingColumn())
+    return p.Progress(*columns, disable=not shown, speed_estimate_period=1800)
 
 def run_jobs(
     jobs:list[Job],        # of `plan`
@@ -219,6 +220,7 @@ def run_jobs(
             bar.advance(task)
     return mine
 
+# %% ../../nbs/probe/79_probe.ipynb #c7900017
 def probe(
     settings:ProbeSettings,            # what is asked
     corpus:Callable|None=None,         # () -> {"train": bytes, "valid": bytes}, for a probe without --text

@@ -70,8 +70,8 @@ def layers_sheet(rows:list[dict]) -> Sheet:
     for r in newest(rows, "layers"):
         rises = [100*math.expm1(x - r["softmax_nats"]) for x in r["alone"]]
         counts = [f"{len(w['layers'])} of {len(rises)}" for w in r["within"].values()]
-        lines.append((r["arm"], f"{statistics.median(rises):.2f}%", f"{max(rises):.1f}% ({rises.index(max(rises)) + 1})",
-                      *counts))
+        worst = f"{max(rises):.1f}% ({rises.index(max(rises)) + 1})"
+        lines.append((r["arm"], f"{statistics.median(rises):.2f}%", worst, *counts))
     return Sheet("layers that can be replaced", ("", "one layer, median", "the worst", "within 1%", "within 2%",
                  "within 5%"), lines)
 
@@ -84,9 +84,9 @@ def credit_sheet(rows:list[dict]) -> Sheet:
     for r in sorted(found, key=lambda r: r["steps"]):
         lines.append((r["rule"], str(r["steps"]), *(_number(r["error_cosine"][l]) for l in at),
                       _number(r["error_error"][0], 3), _number(r["gradient_cosine"][0]), _number(r["all"]["cosine"])))
-    return Sheet("credit: what arrives, against backpropagation", ("", "sequential steps",
-                 *(f"cosine, block {l + 1}" for l in at), "error, block 1", "gradient's cosine, block 1", "all gradients"),
-                 lines)
+    headings = ("", "sequential steps", *(f"cosine, block {l + 1}" for l in at), "error, block 1",
+                "gradient's cosine, block 1", "all gradients")
+    return Sheet("credit: what arrives, against backpropagation", headings, lines)
 
 def weights_sheet(rows:list[dict]) -> Sheet:
     "One line a method and size, largest first"
@@ -138,8 +138,8 @@ def draw_attention(ax, rows:list[dict]) -> None:
         name, _, near = r["arm"].partition(" & ")
         if r["arm"] == "softmax" or _known(rows, r["arm"]): continue
         label = {"sinks & window": name, "": None}.get(near) if name in COLOURS else None
-        ax.plot(r["positions"], r["perplexity"], MARKS.get(near, "o"), ms=5, mfc="none" if near != "sinks & window" else None,
-                color=COLOURS.get(name, "C7"), label=label)
+        ax.plot(r["positions"], r["perplexity"], MARKS.get(near, "o"), ms=5, color=COLOURS.get(name, "C7"), label=label,
+                mfc="none" if near != "sinks & window" else None)
     ax.set(title="attention", xlabel=f"state a key head, cached positions ({first:,} tokens)", ylabel="perplexity",
            xscale="log", yscale="log")
     ax.legend(frameon=False, fontsize=8)
@@ -148,15 +148,16 @@ def draw_attention(ax, rows:list[dict]) -> None:
 def draw_credit(ax, rows:list[dict]) -> None:
     "Mean cosine of what arrives, beside the steps that wait for one another"
     found = newest(rows, "credit")
-    kinds = {"rounds": lambda r: r["rule"] == "identity" or "round" in r["rule"], "stages": lambda r: "stages" in r["rule"],
-             "random matrices": lambda r: r["rule"] == "random matrices"}
+    kinds = {"rounds": lambda r: r["rule"] == "identity" or "round" in r["rule"],
+             "stages": lambda r: "stages" in r["rule"], "random matrices": lambda r: r["rule"] == "random matrices"}
     for (name, belongs), mark in zip(kinds.items(), ("o-", "s-", "x")):
         mean = lambda r: statistics.mean(x or 0. for x in r["error_cosine"])
         points = sorted((r["steps"], mean(r)) for r in found if belongs(r))
         if points: ax.plot(*zip(*points), mark, ms=4, lw=1.2, label=name)
     blocks = max(r["blocks"] for r in found)
     ax.plot(blocks, 1, "k*", ms=9, label="backpropagation")
-    ax.set(title="credit", xlabel=f"sequential steps, of {blocks}", ylabel="mean cosine of the errors", ylim=(-.1, 1.06))
+    ax.set(title="credit", xlabel=f"sequential steps, of {blocks}",
+           ylabel="mean cosine of the errors", ylim=(None, 1.06))
     ax.legend(frameon=False, fontsize=8)
 
 def draw_weights(ax, rows:list[dict]) -> None:
