@@ -129,6 +129,13 @@ def test_a_resumed_run_measures_nothing_twice(place, answers, tmp_path, monkeypa
     assert len(probe(other, progress=False)) == len(shortcuts(2))
     assert len(read_rows(place/"llama.jsonl")) == len(rows) + len(shortcuts(2))
 
+def test_without_a_text_it_reads_the_manual(place, tmp_path):
+    text = (place/"text.txt").read_bytes()
+    corpus = lambda: dict(train=text[:3000], valid=text[3000:])
+    s = settings(place, "llama", tmp_path/"rows.jsonl", text="", arms=("softmax",), questions=("attention",))
+    rows = probe(s, corpus, progress=False)
+    assert [(r["text"], r["fit"], r["context"]) for r in rows] == [("manual/valid", "manual/train", n) for n in (32, 48)]
+
 # ---- what is known without it
 
 def test_equal_state_by_hand():
