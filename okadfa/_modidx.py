@@ -1497,6 +1497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'okadfa.probe.tables._flat': ('probe/tables.html#_flat', 'okadfa/probe/tables.py'),
                                      'okadfa.probe.tables._known': ('probe/tables.html#_known', 'okadfa/probe/tables.py'),
                                      'okadfa.probe.tables._number': ('probe/tables.html#_number', 'okadfa/probe/tables.py'),
+                                     'okadfa.probe.tables._plain_ticks': ('probe/tables.html#_plain_ticks', 'okadfa/probe/tables.py'),
                                      'okadfa.probe.tables.attention_sheet': ('probe/tables.html#attention_sheet', 'okadfa/probe/tables.py'),
                                      'okadfa.probe.tables.credit_sheet': ('probe/tables.html#credit_sheet', 'okadfa/probe/tables.py'),
                                      'okadfa.probe.tables.draw_attention': ('probe/tables.html#draw_attention', 'okadfa/probe/tables.py'),

@@ -205,20 +205,20 @@ def run_jobs(
     results:str|Path,      # file that rows are appended to
     progress:bool=True,    # show a bar
 ) -> list[dict]:           # the rows of these jobs, those that were there already too
-    "Measure what is not there yet"
-    rows, mine = read_rows(results), []
-    todo = [job for job in jobs if not is_done(job.key, rows)]
-    mine = [r for r in rows if any(is_done(job.key, [r]) for job in jobs)]
+    "Measure what is not there yet. Several processes may work on one file"
+    def there(): return [r for r in read_rows(results) if any(is_done(job.key, [r]) for job in jobs)]
+    mine = there()
+    todo = [job for job in jobs if not is_done(job.key, mine)]
     with _bar(len(todo), progress) as bar:
         task = bar.add_task("", total=len(todo))
         for job in todo:
             bar.update(task, description=job.key["question"])
-            tell = lambda word: bar.update(task, description=word)
-            start = time.perf_counter()
-            measured = job.measure(mine, tell)
-            mine.append(append_row(results, job.key | measured | dict(seconds=round(time.perf_counter() - start, 2))))
+            if not is_done(job.key, there()):                    # another process may have been here
+                start = time.perf_counter()
+                measured = job.measure(there(), lambda word: bar.update(task, description=word))
+                append_row(results, job.key | measured | dict(seconds=round(time.perf_counter() - start, 2)))
             bar.advance(task)
-    return mine
+    return there()
 
 # %% ../../nbs/probe/79_probe.ipynb #c7900017
 def probe(

@@ -123,7 +123,14 @@ def print_sheet(sheet:Sheet) -> None:
 COLOURS = {"favor+": "C3", "closed form": "C0", "learnt": "C2"}
 MARKS = {"": "o", "sinks": "o", "chunks": "v", "sinks & chunks": "^", "window": "<", "sinks & window": "D"}
 
-def _known(rows, arm): return arm.startswith(CONTROL) or arm == "sinks & window"
+def _known(arm): return arm.startswith(CONTROL) or arm == "sinks & window"
+
+def _plain_ticks(*axes):
+    "1, 2, 5, 10, 20 ... on logarithmic axes"
+    from matplotlib.ticker import LogLocator, NullFormatter
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
 
 def draw_attention(ax, rows:list[dict]) -> None:
     "Perplexity beside state, at the first context"
@@ -132,16 +139,17 @@ def draw_attention(ax, rows:list[dict]) -> None:
     found = [r for r in found if r["context"] == first]
     soft = next((r["perplexity"] for r in found if r["arm"] == "softmax"), None)
     if soft: ax.axhline(soft, color="grey", lw=.8, ls=":", label="softmax")
-    line = sorted((r["positions"], r["perplexity"]) for r in found if _known(rows, r["arm"]))
+    line = sorted((r["positions"], r["perplexity"]) for r in found if _known(r["arm"]))
     ax.plot(*zip(*line) if line else ((), ()), "s-", color="k", ms=4, lw=1.2, label="sinks & window")
     for r in found:
         name, _, near = r["arm"].partition(" & ")
-        if r["arm"] == "softmax" or _known(rows, r["arm"]): continue
+        if r["arm"] == "softmax" or _known(r["arm"]): continue
         label = {"sinks & window": name, "": None}.get(near) if name in COLOURS else None
         ax.plot(r["positions"], r["perplexity"], MARKS.get(near, "o"), ms=5, color=COLOURS.get(name, "C7"), label=label,
                 mfc="none" if near != "sinks & window" else None)
     ax.set(title="attention", xlabel=f"state a key head, cached positions ({first:,} tokens)", ylabel="perplexity",
            xscale="log", yscale="log")
+    _plain_ticks(ax.xaxis, ax.yaxis)
     ax.legend(frameon=False, fontsize=8)
 
 # %% ../../nbs/probe/78_tables.ipynb #c780000e
@@ -171,6 +179,7 @@ def draw_weights(ax, rows:list[dict]) -> None:
         points = sorted((r["bits_per_weight"], r["perplexity"]) for r in found if r["method"] in methods)
         if points: ax.plot(*zip(*points), mark, ms=4, lw=1.2, label=name)
     ax.set(title="weights", xlabel="bits a weight, all counted", ylabel="perplexity", yscale="log")
+    _plain_ticks(ax.yaxis)
     ax.legend(frameon=False, fontsize=8)
 
 def picture(
