@@ -146,6 +146,13 @@ def test_without_a_text_it_reads_the_manual(place, tmp_path):
     assert [r["context"] for r in rows] == [32, 48]
     assert {(r["text"], r["fit"]) for r in rows} == {("manual/valid", "manual/train")}
 
+def test_weights_are_put_back(place):
+    model = make("llama")
+    before, ids = [p.clone() for p in model.parameters()], torch.randint(WORDS, (2, 32))
+    row = WeightsQuestion(model, ids).measure(dict(method="rtn2", bits=2.5))
+    assert all(torch.equal(p, x) for p, x in zip(model.parameters(), before))
+    assert row["matrices"] == 12 and row["bytes"] == row["weights"]*2.5/8 and row["error"] > .1
+
 # ---- what is known without it
 
 def test_equal_state_by_hand():

@@ -112,8 +112,9 @@ class AttentionQuestion:
             plain = [name for name, control in zip(self.arms, controls) if control is None]       # the cheap ones first
             names = dict.fromkeys([*plain, *filter(None, controls), *self.arms])
             found += [dict(question="attention", arm=name, context=n) for name in names]
-            if single and i == 0:
-                found += [dict(question="layers", of=of, context=n) for of in ("best features", "control")]
+            if not single or i: continue
+            among = "all" if {*STAND_INS} <= {*self.arms} else " | ".join(self.arms)
+            found += [dict(question="layers", of=of, among=among, context=n) for of in ("best features", "control")]
         return found
 
 # %% ../../nbs/probe/75_attention.ipynb #c7500022
