@@ -108,6 +108,7 @@ def test_perplexity_is_that_of_the_model(place, answers):
     model, encode = load_any(str(place/"llama"))
     ids = encode((place/"text.txt").read_bytes())[64:160].view(3, 32)           # what comes behind the part for fitting
     with torch.no_grad(): loss = model(ids, labels=ids).loss.item()
+    assert {r["start"] for r in answers["llama"]} == {64}
     row = next(r for r in answers["llama"] if r.get("arm") == "softmax" and r["context"] == 32)
     assert abs(row["nats"] - loss) < 1e-5*loss
     reference = next(r for r in answers["llama"] if r.get("method") == "reference")

@@ -98,6 +98,7 @@ class Words(NamedTuple):
     judged:dict[int, Tensor]     # context -> [windows n]
     fitted:Tensor|None           # [windows n]
     credit:Tensor                # [1 n]
+    start:int                    # tokens of the text that come before those that are judged on
 
 def words_of(
     s:ProbeSettings,       # how many tokens
@@ -106,19 +107,19 @@ def words_of(
 ) -> Words:
     "Windows of ids. Raises `InputError` for too short a text"
     longest, fits = max(s.context), "attention" in s.questions
-    before = s.fit_tokens if fits and texts.fit is None else 0
+    before = s.fit_tokens if texts.fit is None else 0        # whatever is asked, so that all are judged on the same
     ids = _first(encode, texts.judged, before + max(s.tokens, s.credit_tokens))
     fitted = ids[:before] if texts.fit is None else _first(encode, texts.fit, s.fit_tokens)
     judged, first = ids[before:], s.context[0]
     usable = min(len(judged), s.tokens)
     if usable < longest or len(judged) < s.credit_tokens:
-        beside = f" beside the {before} that are fitted on" if before else ""
+        beside = f" beside {before} that are fitted on (--fit-tokens)" if before else ""
         raise InputError(f"{texts.name} gives {usable} tokens to judge on{beside}, and {longest} must see one another: "
                          "give a longer --text, more --tokens, or a smaller --context")
     if fits and len(fitted) < first:
         raise InputError(f"{texts.fit_name} gives {len(fitted)} tokens to fit on, fewer than a context of {first}")
     return Words({n: _windows(judged[:s.tokens], n) for n in s.context}, _windows(fitted, first) if fits else None,
-                 judged[None, :s.credit_tokens])
+                 judged[None, :s.credit_tokens], before)
 
 # %% ../../nbs/probe/79_probe.ipynb #c790000c
 @torch.no_grad()
@@ -181,6 +182,7 @@ def plan(
 ) -> list[Job]:
     "All jobs. Raises `InputError` where no question can be asked"
     common = dict(model=Path(s.model).name, text=texts.name, text_sha=f"{zlib.crc32(texts.judged):08x}", seed=s.seed)
+    if words.start: common["start"] = words.start
     jobs, refused = [], []
     for question in s.questions:
         try: jobs += [Job(common | key, measure) for key, measure in PLANS[question](s, model, words, texts)]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from .arms import CONTROL, STAND_INS
 
 # %% ../../nbs/probe/78_tables.ipynb #c7800006
-KEYS = ("model", "text", "text_sha", "question", "arm", "of", "among", "rule", "method", "bits", "context", "tokens", "fit",
-        "fit_tokens", "layer_tokens", "m", "window", "sinks", "steps", "seed")
+KEYS = ("model", "text", "text_sha", "start", "question", "arm", "of", "among", "rule", "method", "bits", "context",
+        "tokens", "fit", "fit_tokens", "layer_tokens", "m", "window", "sinks", "steps", "seed")
 
 def key_of(row:dict) -> tuple:
     "What a row is a measurement of"
