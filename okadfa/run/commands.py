@@ -335,7 +335,7 @@ def print_quantized(rows:list[dict], out:Path) -> None:
 def probe_command(model, **given):
     """What could MODEL live without? A folder of transformers, a name on the hub, smollm2-135m, or a run's folder.
 
-    Attention in 20 forms, each beside sinks and a window of equal state; backward passes that do not wait for one
+    Every stand-in for softmax, beside sinks and a window of equal state; backward passes that do not wait for one
     another; weights in few bits. Rows are appended to --results: what is there is not measured again, and the same
     command goes on after an interruption.
 
