@@ -139,6 +139,11 @@ def test_a_resumed_run_measures_nothing_twice(place, answers, tmp_path, monkeypa
     assert len(probe(other, progress=False)) == len(shortcuts(2))
     assert len(read_rows(place/"llama.jsonl")) == len(rows) + len(shortcuts(2))
 
+def test_the_same_file_is_not_fitted_on_and_judged(place, tmp_path):
+    same = dict(fit=str(place/"text.txt"), arms=("softmax",), questions=("attention",))
+    s = settings(place, "llama", tmp_path/"rows.jsonl", **same)
+    assert {r["start"] for r in probe(s, progress=False)} == {64}
+
 def test_without_a_text_it_reads_the_manual(place, tmp_path):
     text = (place/"text.txt").read_bytes()
     corpus = lambda: dict(train=text[:3000], valid=text[3000:])

@@ -83,8 +83,9 @@ def read_texts(
     if s.text: name, judged = _read(s.text)
     elif corpus is None: raise InputError("pass --text FILE")
     else: name, judged = "manual/valid", corpus()["valid"]
-    if s.fit: return Texts(name, judged, *_read(s.fit))
-    return Texts(name, judged, name, None) if s.text else Texts(name, judged, "manual/train", corpus()["train"])
+    if s.fit: fit_name, fit = _read(s.fit)
+    else: fit_name, fit = (name, judged) if s.text else ("manual/train", corpus()["train"])
+    return Texts(name, judged, fit_name, None if fit == judged else fit)
 
 def _first(encode, data, tokens, chars=24):
     "The first tokens of a text; of a long one not all is encoded"
