@@ -168,6 +168,7 @@ def draw_credit(ax, rows:list[dict]) -> None:
            ylabel="mean cosine of the errors", ylim=(None, 1.06))
     ax.legend(frameon=False, fontsize=8)
 
+# %% ../../nbs/probe/78_tables.ipynb #c7800014
 def draw_weights(ax, rows:list[dict]) -> None:
     "Perplexity beside bits a weight"
     found = newest(rows, "weights")
@@ -175,9 +176,13 @@ def draw_weights(ax, rows:list[dict]) -> None:
     if reference: ax.axhline(reference, color="grey", lw=.8, ls=":", label="as they were")
     families = {"polar": ("polar",), "scalar": ("scalar",), "k-quants": ("q4_k", "q3_k", "q2_k"),
                 "NF4": ("nf4", "nf4-double"), "round to nearest": ("rtn4", "rtn3", "rtn2")}
+    top = 10*(reference or min(r["perplexity"] for r in found))          # what is far above stands at the edge
     for (name, methods), mark in zip(families.items(), ("o-", "s-", "^--", "D", "v--")):
         points = sorted((r["bits_per_weight"], r["perplexity"]) for r in found if r["method"] in methods)
-        if points: ax.plot(*zip(*points), mark, ms=4, lw=1.2, label=name)
+        if points: ax.plot(*zip(*((b, min(p, top)) for b, p in points)), mark, ms=4, lw=1.2, label=name)
+        for b, p in points:
+            if p > top:
+                ax.annotate(f"{p:,.0f}", (b, top), (2, -6), textcoords="offset points", fontsize=7, rotation=90, va="top")
     ax.set(title="weights", xlabel="bits a weight, all counted", ylabel="perplexity", yscale="log")
     _plain_ticks(ax.yaxis)
     ax.legend(frameon=False, fontsize=8)
