@@ -181,8 +181,8 @@ def draw_weights(ax, rows:list[dict]) -> None:
         points = sorted((r["bits_per_weight"], r["perplexity"]) for r in found if r["method"] in methods)
         if points: ax.plot(*zip(*((b, min(p, top)) for b, p in points)), mark, ms=4, lw=1.2, label=name)
         for b, p in points:
-            if p > top:
-                ax.annotate(f"{p:,.0f}", (b, top), (2, -6), textcoords="offset points", fontsize=7, rotation=90, va="top")
+            if p <= top: continue
+            ax.annotate(f"{p:,.0f}", (b, top), (2, -6), textcoords="offset points", fontsize=7, rotation=90, va="top")
     ax.set(title="weights", xlabel="bits a weight, all counted", ylabel="perplexity", yscale="log")
     _plain_ticks(ax.yaxis)
     ax.legend(frameon=False, fontsize=8)
