@@ -10,6 +10,7 @@ BELOW = dict(core=(), processes=("core",), options=("core",), kernels=("core",),
 BELOW["models"] = tuple(BELOW)
 BELOW["extend"] = tuple(BELOW)       # what stands for code that is not ours
 BELOW["bench"] = tuple(r for r in BELOW if r != "extend")
+BELOW["probe"] = tuple(r for r in BELOW if r != "extend")
 BELOW["run"] = tuple(BELOW)
 HEAVY = "transformers datasets matplotlib triton accelerate tensorboard".split()
 NOT_NEEDED = "nbdev fastcore IPython".split()   # they build the package, they are no part of it

@@ -17,7 +17,7 @@ from ..bench.measure import BENCHMARKS, run_benchmark
 from ..models.lm import PRESETS, LMConfig
 from .adopt import linearize_command
 from .commands import DATA_HELP, TOKENIZER_HELP, evaluate_command, generate_command, path_option
-from .commands import export_command, quantize_command, train_command, whole_paths
+from .commands import export_command, probe_command, quantize_command, train_command, whole_paths
 from ..options import Command, FieldOption, load_plugin, plugins_of, read_list
 from .sweeps import DEFAULTS, QUICK, SWEEPS, rules_of, titles_of
 from .train import TrainConfig
@@ -50,7 +50,8 @@ def cli():
     """
 
 for _command in (train_command, evaluate_command, quantize_command, generate_command, export_command,
-                 linearize_command): cli.add_command(_command)
+                 linearize_command, probe_command):
+    cli.add_command(_command)
 
 # %% ../../nbs/run/66_cli.ipynb #c000000a
 def _check_attention():

@@ -6,7 +6,7 @@
 __all__ = ['DATA_HELP', 'TOKENIZER_HELP', 'path_option', 'training_settings', 'whole_paths', 'flag_names', 'train_command',
            'run_training', 'append_training_row', 'print_summary', 'load_checkpoint', 'load_split', 'evaluate_command',
            'generate_command', 'read_summary', 'export_command', 'quantize_command', 'write_quantized', 'quantized_row',
-           'row_bits', 'print_quantized']
+           'row_bits', 'print_quantized', 'probe_command']
 
 # %% ../../nbs/run/74_commands.ipynb #c4909241
 import dataclasses, json
@@ -15,6 +15,7 @@ import click
 from ..core import InputError, append_row, default_device
 from ..models.lm import PRESETS, RESEARCH, LMConfig, preset as make_preset
 from ..options import Command, config_options, read_config_file, read_list, typed
+from ..probe.probe import ProbeSettings
 from .train import TrainConfig
 
 # %% ../../nbs/run/74_commands.ipynb #c453e0aa
@@ -335,3 +336,28 @@ def print_quantized(rows:list[dict], out:Path) -> None:
     table.add_row("ratio", "1", *(f"{x['bytes']/x['bytes_quantized']:.2f}" for x in rows))
     table.add_row("error of a matrix, worst", "", *(f"{max(x['errors'].values()):.2%}" for x in rows))
     Console().print(table)
+
+# %% ../../nbs/run/74_commands.ipynb #c7400011
+@click.command("probe", cls=Command)
+@click.argument("model")
+@config_options(ProbeSettings, skip=("model",))
+def probe_command(model, **given):
+    """What could MODEL live without? A folder of transformers, a name on the hub, smollm2-135m, or a run's folder.
+
+    Every stand-in for softmax, beside sinks and a window of equal state; backward passes that do not wait for one
+    another; weights in few bits. Rows are appended to --results: what is there is not measured again, and the same
+    command goes on after an interruption.
+
+    \b
+    Examples:
+      okadfa probe smollm2-135m
+      okadfa probe my-model --text valid.txt --fit train.txt --context 512,2048
+      okadfa probe my-model --questions credit,weights
+    """
+    from okadfa.probe.probe import probe, show
+    from okadfa.run.data import embedded_corpus
+    settings = ProbeSettings(model, **{k: v for k, v in given.items() if v is not None})
+    rows = probe(settings, embedded_corpus, say=click.echo)
+    picture = Path(settings.picture or Path(settings.results).with_suffix(".png"))
+    show(rows, picture)
+    click.echo(f"{settings.results}: {len(rows)} rows; {picture}: the picture")
