@@ -98,12 +98,14 @@ class KernelHeads(nn.Module):
 
 # %% ../../nbs/models/45_hub.ipynb #cf020009
 class LandmarkHeads(nn.Module):
-    "The same with landmarks in place of features; without any parameters"
+    "The same with landmarks in place of features. It has no parameters"
     def __init__(self,
         config:LandmarkConfig|None=None,    # what is kept
     ):
         super().__init__()
         self.config = config or LandmarkConfig()
+        c = self.config                          # what a saved model says of it
+        self.register_buffer("sizes", torch.tensor([c.landmarks, c.window, c.sinks, c.block]))
 
     def forward(self, q:Tensor, k:Tensor, v:Tensor, seen:Tensor|None=None, scale:float|None=None) -> Tensor:
         "As `KernelHeads`"

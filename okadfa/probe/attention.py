@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..attention.favor import FavorState
 from ..core import InputError
 from .arms import STAND_INS, KeyCache, Size, control_of, equal_positions, softmax_attention, stand_in
 
@@ -37,11 +36,10 @@ def head_errors(
 # %% ../../nbs/probe/75_attention.ipynb #c7500032
 def decoder_of(heads:nn.Module, scale:float|None):
     "What steps in place of a layer; None for what cannot"
-    from okadfa.models.hub import KernelHeads, NoFeatures
+    from okadfa.models.hub import NoFeatures
     if hasattr(heads, "decoder"): return heads.decoder(scale)
-    if not isinstance(heads, KernelHeads): return None
-    if isinstance(heads.features, NoFeatures): return KeyCache(scale, heads.window, heads.sinks)
-    return FavorState(heads.features, window=heads.window, sinks=heads.sinks, scale=scale)
+    if isinstance(getattr(heads, "features", None), NoFeatures): return KeyCache(scale, heads.window, heads.sinks)
+    return heads.state(scale) if hasattr(heads, "state") else None
 
 def token_ms(
     heads:nn.Module,      # of a layer

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import click, torch
 from ..attention.estimators import ESTIMATORS
+from ..attention.landmarks import LANDMARKS
 from ..core import InputError, append_row, check_choices, option, provenance, version_of
 from ..models.adapt import Adaptation, adapt_within, check_peft
 from ..models.budget import Notes, mean_nats, replaced
@@ -22,9 +23,9 @@ from .records import finish_step_on_interrupt, write_json
 @dataclass(frozen=True)
 class Replacement:
     "How attention is replaced, and on how much text it is judged"
-    estimator:str = option("derf", "feature map for far keys; none: sinks and window alone",
-                           choices=lambda: ["none", *ESTIMATORS])
-    m:int|None = option(None, "features of a head  [default: 4 for each of its channels]")
+    estimator:str = option("derf", "what stands for far keys: a feature map, landmarks, none",
+                           choices=lambda: ["none", LANDMARKS, *ESTIMATORS])
+    m:int|None = option(None, "features of a head, or landmarks  [default: 4 for each of its channels, 110 landmarks]")
     sinks:int = option(4, "first keys with softmax's own weights")
     window:int = option(64, "last keys with such weights")
     keep:tuple[int, ...] = option((), "layers that keep softmax, as 0,5")
@@ -163,7 +164,7 @@ def _settings(flags):
     "Raises `InputError` for what cannot be, or has no effect"
     def of(cls): return {f.name: flags[f.name] for f in dataclasses.fields(cls) if flags.get(f.name) is not None}
     c, given = Replacement(**of(Replacement)), of(Adaptation)
-    learns = c.estimator != "none" and ESTIMATORS.find(c.estimator).learns
+    learns = c.estimator not in ("none", LANDMARKS) and ESTIMATORS.find(c.estimator).learns
     if given.get("lora") == 0 and not learns:
         if more := sorted(given.keys() - {"lora"}):
             raise InputError(f"--{more[0].replace('_', '-')} has no effect: with --lora 0 this estimator trains nothing")
