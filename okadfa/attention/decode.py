@@ -102,7 +102,7 @@ class BatchRows:
 
     def reorder(self, rows:Tensor) -> None:
         "Take these rows of the batch, as beam search does; a row may be taken more than once"
-        self.each(lambda x: x.index_select(0, rows))
+        self.each(lambda x: x.index_select(0, rows.to(x.device)))
 
 # %% ../../nbs/attention/15_decode.ipynb #ca15010a
 class RunningState(BatchRows):
