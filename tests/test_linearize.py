@@ -3,15 +3,15 @@ import copy, json
 import pytest, torch
 from test_cli import PROSE, call, refused
 
-transformers = pytest.importorskip("transformers")
-transformers.utils.logging.disable_progress_bar()
+pytest.importorskip("transformers")
 from okadfa.models import adapt as training
 from okadfa.models.adapt import Adaptation, Adapted, adapt, adapted_layers
 from okadfa.models.budget import mean_nats, replaced, stand_ins
 from okadfa.models.linearize import linearize, load_linearized
 from test_hub import FULL, REPLACED, linear, text
-from test_adopted import make
+from test_adopted import make, transformers
 
+transformers.utils.logging.disable_progress_bar()
 needs_peft = pytest.mark.skipif(not training.importlib.util.find_spec("peft"), reason="adapters need peft")
 
 @pytest.fixture(autouse=True)

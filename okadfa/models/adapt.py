@@ -250,6 +250,7 @@ def _train(adapted, windows, c, journal, save_every, stop, progress):
     journal.read(adapted, opt)
     def done(): return journal.seconds/limit if limit else len(journal.losses)/steps
     with counted("adapting", 1, progress) as tell:
+        saved = time.perf_counter()
         while done() < 1:
             start, step = time.perf_counter(), len(journal.losses)
             for g in opt.param_groups: g["lr"] = g["peak"]*rate(done() if limit else (step + 1)/(steps + 1), c.warmup)
@@ -258,10 +259,13 @@ def _train(adapted, windows, c, journal, save_every, stop, progress):
             recent = journal.losses[-20:]
             tell(done(), f"step {step + 1}, loss {sum(recent)/len(recent):.4f}")
             asked = stop()
-            if asked or len(journal.losses) % save_every == 0: journal.save(adapted, opt)
+            if asked or time.perf_counter() - saved >= save_every:
+                journal.save(adapted, opt)
+                saved = time.perf_counter()
             if asked: raise KeyboardInterrupt(f"stopped after step {step + 1} of the training")
     journal.save(adapted, opt)
 
+# %% ../../nbs/models/89_adapt.ipynb #cb890038
 def adapt(
     model:nn.Module,         # linearized; changed in place
     windows:list[Tensor],    # token ids, each [b n], all of one shape
@@ -269,7 +273,7 @@ def adapt(
     *,
     softmax:bool=False,      # the control: with stand-ins switched off. Needs loss="text"
     folder:str|Path|None=None,   # for checkpoints; a second call with the same settings goes on there
-    save_every:int=20,       # steps between checkpoints
+    save_every:float=60.,    # seconds between checkpoints
     stop:Callable=lambda: False, # asked after every step; True saves, and raises KeyboardInterrupt
     progress:bool=True,      # show a bar
 ) -> Journal:                # losses of all steps, and seconds

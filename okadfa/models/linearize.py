@@ -184,7 +184,7 @@ def _split(texts, tokenizer, tokens, length, training, budget):
     windows = windows_of(texts, tokenizer, sys.maxsize if all_of_it else tokens, length)
     held = 0 if budget is None else min(HELD, len(windows)//4)
     if budget is not None and not held:
-        raise InputError(f"a budget is measured on windows of their own: {len(windows)} are too few")
+        raise InputError(f"a budget is measured on windows of their own: {len(windows)} are too few, give more text")
     return windows[:len(windows) - held], windows[len(windows) - held:]
 
 def _fit_all(layers, chosen, c, how, seed, kept, progress):
@@ -224,8 +224,8 @@ class Kept:
         if path and path.is_file():
             old = json.loads(path.read_text())
             if other := sorted(k for k in facts if old.get(k) != facts[k]):
-                other = ", ".join(other)
-                raise InputError(f"{folder} was begun with other {other}: repeat those, or take another folder")
+                raise InputError(f"{folder} was begun with other {', '.join(other)}: "
+                                 "repeat those, or take another folder")
 
     def write(self, l:int, heads:nn.Module) -> None:
         "Whole, then renamed"

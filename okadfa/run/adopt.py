@@ -64,7 +64,7 @@ def read_texts(
         try: return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as e: raise InputError(f"{path} is not UTF-8 at byte {e.start}") from None
     whole = "\n\n".join(x.decode() for x in embedded_corpus().values()) if text is None else read(text)
-    if valid is not None: return whole, read(valid), str(valid)
+    if valid is not None: return whole, read(valid), valid.name
     cut = len(whole)*9//10
     return whole[:cut], whole[cut:], "the last tenth of the text"
 
@@ -152,8 +152,8 @@ def print_adopted(row:dict, out:Path) -> None:
     "What it cost, as a table"
     from rich.console import Console
     from rich.table import Table
-    table, p = Table(title=f"{out}: {len(row['layers'])} layers replaced", caption=f"on {row['judged_tokens']:,} tokens "
-                     f"of {row['judged_on']}, windows of {row['length']}"), row["perplexity"]
+    p, where = row["perplexity"], f"on {row['judged_tokens']:,} tokens, windows of {row['length']}"
+    table = Table(title=f"{out}: {len(row['layers'])} layers replaced", caption=where)
     for head in ("", "perplexity", "above softmax"): table.add_column(head, justify="right" if head else "left")
     names = dict(softmax="softmax", fitted="every layer fitted", final="as saved")
     for k, title in names.items():
@@ -167,7 +167,8 @@ def _settings(flags):
     learns = c.estimator not in ("none", LANDMARKS) and ESTIMATORS.find(c.estimator).learns
     if given.get("lora") == 0 and not learns:
         if more := sorted(given.keys() - {"lora"}):
-            raise InputError(f"--{more[0].replace('_', '-')} has no effect: with --lora 0 this estimator trains nothing")
+            flag = more[0].replace("_", "-")
+            raise InputError(f"--{flag} has no effect: with --lora 0 this estimator trains nothing")
         return c, None
     training = Adaptation(**(dict() if "steps" in given else dict(minutes=60.)) | given)
     check_peft(training)
