@@ -27,7 +27,8 @@ def test_a_group_of_heads_looks_together():
     same = q[:, :2].repeat_interleave(2, 1)
     assert_rel("equal queries", landmark_attention(q[:, :2], k, v, SMALL).repeat_interleave(2, 1),
                landmark_attention(same, k, v, SMALL), 1e-12)
-    assert not torch.allclose(landmark_attention(q, k, v, SMALL)[:, :1], landmark_attention(q[:, ::2], k, v, SMALL)[:, :1])
+    first = [landmark_attention(x, k, v, SMALL)[:, :1] for x in (q, q[:, ::2])]
+    assert not torch.allclose(*first)
 
 @pytest.mark.parametrize("c", CONFIGS)
 def test_gradients(c):
@@ -77,7 +78,8 @@ def test_the_past_does_not_change(dtype):
     q, k, v = (x.to(dtype) for x in qkv(90))
     for cut in (3, 10, 47, 88):
         later = [torch.cat([x[:, :, :cut], torch.randn_like(x[:, :, cut:])*9], 2) for x in (q, k, v)]
-        assert torch.equal(landmark_attention(q, k, v, SMALL)[:, :, :cut], landmark_attention(*later, SMALL)[:, :, :cut])
+        a, b = (landmark_attention(*x, SMALL)[:, :, :cut] for x in ((q, k, v), later))
+        assert torch.equal(a, b)
 
 @pytest.mark.parametrize("norm", [1e-3, 30., 160., 1000.])
 def test_every_norm(norm):
@@ -86,7 +88,7 @@ def test_every_norm(norm):
     out = landmark_attention(q.float(), k.float(), v.float(), SMALL)
     assert out.isfinite().all() and (out.abs() <= v.abs().max() + 1e-3).all()
     assert_rel("precision", landmark_attention(q, k, v, SMALL)[:, :, :30].float(), out[:, :, :30], 1e-3)
-    exact = LandmarkConfig(landmarks=200, window=5, sinks=2, block=3)             # room for every key: nothing is merged
+    exact = LandmarkConfig(landmarks=200, window=5, sinks=2, block=3)        # room for every key: nothing is merged
     soft = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert_rel("room for all", soft, landmark_attention(q, k, v, exact), 1e-9)
 
@@ -99,7 +101,8 @@ def test_nothing_is_lost():
 def test_who_joins():
     "Looked at and alone stay; a free place is nobody's neighbour"
     at = torch.tensor([[0., 0.], [0.1, 0.], [9., 9.], [5., 0.], [0., 0.]])[None, None]
-    x = Landmarks(at, at, torch.tensor([[[1., 1., 1., 1., 0.]]]), torch.tensor([[[5., 1., 1., 3., 99.]]]), torch.zeros(1, 1, 5))
+    counts = torch.tensor([[[1., 1., 1., 1., 0.]]])
+    x = Landmarks(at, at, counts, torch.tensor([[[5., 1., 1., 3., 99.]]]), torch.zeros(1, 1, 5))
     stay, go, near = (y[0, 0].tolist() for y in who_joins(x, 3))
     assert set(stay) == {0, 2, 3} and set(go) == {1, 4} and stay[near[go.index(1)]] == 0
     found = condense(x, 3)

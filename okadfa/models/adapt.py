@@ -149,15 +149,12 @@ def seen_at(
     windows:int,         # how many there are
     n:int,               # tokens of a window
     c:Adaptation,        # batch, positions, seed
-) -> list:               # of each window of the batch: its number, and positions [about n/2]
+) -> tuple[list[int], Tensor]:   # numbers of windows; positions in all of them [about n/2]
     "Windows and positions of a step"
-    out = []
-    for i in range(step*c.batch, (step + 1)*c.batch):
-        turn, place = divmod(i, windows)
-        window = torch.randperm(windows, generator=seeded_generator("adapt", c.seed, turn))[place].item()
-        at = torch.randperm(n - 1, generator=seeded_generator("positions", c.seed, i))
-        out.append((window, at[:max(1, round(c.positions*(n - 1)))].sort().values))
-    return out
+    def order(turn): return torch.randperm(windows, generator=seeded_generator("adapt", c.seed, turn))
+    chosen = [order(i//windows)[i % windows].item() for i in range(step*c.batch, (step + 1)*c.batch)]
+    at = torch.randperm(n - 1, generator=seeded_generator("positions", c.seed, step))
+    return chosen, at[:max(1, round(c.positions*(n - 1)))].sort().values
 
 def train_step(
     adapted:Adapted,     # model with adapters
@@ -167,13 +164,12 @@ def train_step(
     c:Adaptation,        # how
 ) -> float:              # loss, nats a token
     "Raises `NonFiniteError` before a weight takes a number that is none"
-    total, params = 0., [*adapted.tensors().values()]
+    params, device = [*adapted.tensors().values()], windows[0].device
+    chosen, at = seen_at(step, len(windows), windows[0].shape[1], c)
     opt.zero_grad(set_to_none=True)
-    for window, at in seen_at(step, len(windows), windows[0].shape[1], c):
-        loss = step_loss(adapted, windows[window], at.to(windows[window].device), c.loss)/c.batch
-        loss.backward()
-        total += loss.item()
-    norm = nn.utils.clip_grad_norm_(params, c.clip)
+    loss = step_loss(adapted, torch.cat([windows[i] for i in chosen]), at.to(device), c.loss)
+    loss.backward()
+    total, norm = loss.item(), nn.utils.clip_grad_norm_(params, c.clip)
     if not (math.isfinite(total) and torch.isfinite(norm)):
         raise NonFiniteError(f"loss {total:.3g}, gradient {norm:.3g} in step {step + 1}: try a smaller lr")
     opt.step()
