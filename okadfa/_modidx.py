@@ -413,6 +413,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'okadfa/attention/landmarks.py'),
                                             'okadfa.attention.landmarks.distances': ( 'attention/landmarks.html#distances',
                                                                                       'okadfa/attention/landmarks.py'),
+                                            'okadfa.attention.landmarks.heavy_hitters': ( 'attention/landmarks.html#heavy_hitters',
+                                                                                          'okadfa/attention/landmarks.py'),
                                             'okadfa.attention.landmarks.landmark_attention': ( 'attention/landmarks.html#landmark_attention',
                                                                                                'okadfa/attention/landmarks.py'),
                                             'okadfa.attention.landmarks.landmark_attention_ref': ( 'attention/landmarks.html#landmark_attention_ref',

@@ -1,5 +1,6 @@
 "Landmarks: against the rule key by key, in every shape, in pieces, at every norm, and inside models of transformers"
 import copy
+from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
 from okadfa.attention.landmarks import (LandmarkConfig, Landmarks, LandmarkState, condense, landmark_attention,
@@ -7,7 +8,8 @@ from okadfa.attention.landmarks import (LandmarkConfig, Landmarks, LandmarkState
 from okadfa.core import InputError, assert_rel
 
 SMALL = LandmarkConfig(landmarks=6, window=5, sinks=2, block=3, memory=20)
-CONFIGS = [SMALL, LandmarkConfig(landmarks=1, window=1, sinks=0, block=1), LandmarkConfig(9, 4, 3, 7, 1e9, 2.)]
+CONFIGS = [SMALL, LandmarkConfig(landmarks=1, window=1, sinks=0, block=1), LandmarkConfig(9, 4, 3, 7, 1e9, 2.),
+           LandmarkConfig(6, 5, 2, 3, 20, merge=False)]
 
 def qkv(n=50, b=2, h=4, h_k=2, d=5, d_v=3, std=1., seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -34,7 +36,7 @@ def test_a_group_of_heads_looks_together():
 def test_gradients(c):
     "With a floor that no attention outweighs means do not depend on it, and the gradient is that of the function"
     q, k, v = (x.requires_grad_() for x in qkv(26, b=1, h=2, h_k=1, d=3, d_v=2))
-    flat = LandmarkConfig(c.landmarks, c.window, c.sinks, c.block, c.memory, floor=1e12)
+    flat = replace(c, floor=1e12)
     assert torch.autograd.gradcheck(lambda *x: landmark_attention(*x, flat), (q, k, v), fast_mode=True)
     ref = landmark_attention_ref(q[0, 0], k[0, 0], v[0, 0], c)
     go = torch.randn_like(ref)

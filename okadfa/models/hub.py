@@ -105,7 +105,7 @@ class LandmarkHeads(nn.Module):
         super().__init__()
         self.config = config or LandmarkConfig()
         c = self.config                          # what a saved model says of it
-        self.register_buffer("sizes", torch.tensor([c.landmarks, c.window, c.sinks, c.block]))
+        self.register_buffer("sizes", torch.tensor([c.landmarks, c.window, c.sinks, c.block, c.merge]))
 
     def forward(self, q:Tensor, k:Tensor, v:Tensor, seen:Tensor|None=None, scale:float|None=None) -> Tensor:
         "As `KernelHeads`"

@@ -88,9 +88,10 @@ def landmark_heads(
     window:int=64,       # see `LandmarkConfig`
     sinks:int=4,         # see `LandmarkConfig`
     block:int=16,        # see `LandmarkConfig`
+    merge:bool=True,     # see `LandmarkConfig`
 ) -> LandmarkHeads:
     "Heads with so many landmarks"
-    return LandmarkHeads(LandmarkConfig(m or LandmarkConfig.landmarks, window, sinks, block))
+    return LandmarkHeads(LandmarkConfig(m or LandmarkConfig.landmarks, window, sinks, block, merge=bool(merge)))
 
 def check_estimator(name:str|None) -> None:
     "Raises `InputError` for what `fit_heads` does not know"

@@ -224,9 +224,9 @@ def _landmark_numbers(size, d, d_v, n):
     near = size.window + BLOCK
     return landmarks_of(size, d, d_v)*(d + d_v + 3) + (near + size.sinks)*(d + d_v) + near
 
-def _landmarks(q, k, v, scale, size):
+def _landmarks(q, k, v, scale, size, merge=True):
     from okadfa.models.linearize import landmark_heads
-    return landmark_heads(landmarks_of(size, q.shape[-1], v.shape[-1]), size.window, size.sinks, BLOCK)
+    return landmark_heads(landmarks_of(size, q.shape[-1], v.shape[-1]), size.window, size.sinks, BLOCK, merge)
 
 def _sinks_of(make): return lambda q, k, v, scale, size: make(q, k, v, scale, size, sinks=size.sinks)
 
@@ -238,6 +238,7 @@ STAND_INS = Table("stand-in", **{
     "chunks": StandIn(partial(_nothing, chunk=True), "chunks", cached(lambda size, n: size.window), False),
     "sinks & chunks": StandIn(_sinks_of(partial(_nothing, chunk=True)), "chunks", cached(_window_and_sinks), False),
     **_feature_arms("favor+", "favor+"), **_feature_arms("closed form", "derf"), **_feature_arms("learnt", "hedgehog"),
+    "heavy hitters & sinks & window": StandIn(partial(_landmarks, merge=False), "heavy hitters", _landmark_numbers),
     "landmarks & sinks & window": StandIn(_landmarks, "landmarks", _landmark_numbers)})
 
 def register_stand_in(name:str, entry:StandIn) -> None:

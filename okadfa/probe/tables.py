@@ -72,8 +72,8 @@ def layers_sheet(rows:list[dict]) -> Sheet:
         counts = [f"{len(w['layers'])} of {len(rises)}" for w in r["within"].values()]
         worst = f"{max(rises):.1f}% ({rises.index(max(rises)) + 1})"
         lines.append((r["arm"], f"{r['context']:,}", f"{statistics.median(rises):.2f}%", worst, *counts))
-    return Sheet("layers that can be replaced", ("", "tokens", "one layer, median", "the worst", "within 1%", "within 2%",
-                 "within 5%"), lines)
+    headings = ("", "tokens", "one layer, median", "the worst", "within 1%", "within 2%", "within 5%")
+    return Sheet("layers that can be replaced", headings, lines)
 
 # %% ../../nbs/probe/78_tables.ipynb #c780000a
 def credit_sheet(rows:list[dict]) -> Sheet:
@@ -120,7 +120,7 @@ def print_sheet(sheet:Sheet) -> None:
     Console().print(table)
 
 # %% ../../nbs/probe/78_tables.ipynb #c780000d
-COLOURS = {"favor+": "C3", "closed form": "C0", "learnt": "C2", "landmarks": "C1"}
+COLOURS = {"favor+": "C3", "closed form": "C0", "learnt": "C2", "landmarks": "C1", "heavy hitters": "C4"}
 MARKS = {"": "o", "sinks": "o", "chunks": "v", "sinks & chunks": "^", "window": "<", "sinks & window": "D"}
 
 def _known(arm): return arm.startswith(CONTROL) or arm == "sinks & window"
