@@ -1945,7 +1945,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'okadfa.run.sweeps.at_size': ('run/sweeps.html#at_size', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.compared': ('run/sweeps.html#compared', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.configs': ('run/sweeps.html#configs', 'okadfa/run/sweeps.py'),
-                                   'okadfa.run.sweeps.controls': ('run/sweeps.html#controls', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.credit_rules': ('run/sweeps.html#credit_rules', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.enhancements': ('run/sweeps.html#enhancements', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.estimators': ('run/sweeps.html#estimators', 'okadfa/run/sweeps.py'),

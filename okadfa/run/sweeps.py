@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BP', 'FROZEN', 'IDENTITY', 'SPECTRAL', 'ARMS', 'SITES', 'EMBEDDINGS', 'NORMS', 'GRANULARITIES', 'DEPTHS', 'WIDTHS',
-           'PENALTIES', 'SINKS', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER', 'Rule', 'load_rivals', 'credit_rules',
-           'feedback_kinds', 'held', 'controls', 'estimators', 'mixers', 'enhancements', 'Sweep', 'rules_of',
-           'compared', 'titles_of', 'run_key', 'Run', 'configs', 'at_size', 'make_run']
+           'PENALTIES', 'SINKS', 'ALONE', 'WINDOW', 'CONTROLS', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER', 'Rule',
+           'load_rivals', 'credit_rules', 'feedback_kinds', 'held', 'estimators', 'mixers', 'enhancements', 'Sweep',
+           'rules_of', 'compared', 'titles_of', 'run_key', 'Run', 'configs', 'at_size', 'make_run']
 
 # %% ../../nbs/run/71_sweeps.ipynb #c072c92b
 import dataclasses, hashlib, importlib, json, pkgutil
@@ -131,19 +131,17 @@ def _landmarks(size):
     d, first = size["d_model"]//size["n_heads"], LandmarkConfig(1, NEAR//2, SINKS).first
     return (held(size, True) - first)*2*d//(2*d + 3)
 
-def controls() -> dict[str, Rule]:
-    "Exact weights and nothing else; landmarks"
-    alone = BP.but("exact chunks alone", mixer="window", local=True)
-    return {"chunks": alone,
-        "window": BP.but("sinks and window, state of features", mixer="window", sinks=SINKS, window=_window(False)),
-        "window local": BP.but("sinks and window, state of features and chunk", mixer="window", sinks=SINKS,
-                               window=_window(True)),
-        "landmarks": BP.but("landmarks, state of features and chunk", mixer="landmarks", sinks=SINKS, window=NEAR//2,
-                            m=_landmarks)}
+ALONE = BP.but("exact chunks alone", mixer="window", local=True)
+WINDOW = BP.but("sinks and window, state of features", mixer="window", sinks=SINKS, window=_window(False))
+CONTROLS = {
+    "chunks": ALONE,
+    "window": WINDOW,
+    "window local": WINDOW.but("sinks and window, state of features and chunk", window=_window(True)),
+    "landmarks": WINDOW.but("landmarks, state of features and chunk", mixer="landmarks", window=NEAR//2, m=_landmarks)}
 
 def estimators() -> dict[str, Rule]:
     "Softmax, controls without features, and every estimator that a model can be made with"
-    out = {"softmax": BP.but("softmax")} | controls()
+    out = {"softmax": BP.but("softmax")} | CONTROLS
     for name in MODEL_FEATURES:
         title = _title(ESTIMATORS, name)
         out[name] = ARMS["A1"].but(title, **_features(name))
