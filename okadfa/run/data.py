@@ -188,7 +188,6 @@ class Split:
         "Tokens at some positions, -100 where they do not count"
         known = self.tokens[at].astype(np.int64)
         return known if self.asked is None else np.where(self.asked[at], known, -100)
-
     @property
     def n_targets(self) -> int: return len(self.tokens) if self.asked is None else int(self.asked.sum())
 
@@ -249,7 +248,8 @@ def join_rows(
 # %% ../../nbs/run/60_data.ipynb #cfac5cf8
 _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "validation.txt", "wiki.valid.tokens"),
               test=("test.txt", "wiki.test.tokens"))
-_made = dict(embedded=embedded_corpus, recall=recall_corpus)
+_paged = dict(recall=recall_corpus)
+_made = dict(embedded=embedded_corpus, **_paged)
 _hub = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
 
 # %% ../../nbs/run/60_data.ipynb #c0ff5a1e
@@ -287,14 +287,12 @@ def _read(data:str|Path) -> tuple[str, dict[str, tuple[str, bytes]]]:
     if str(data) in _made: texts = _made[str(data)]()
     elif str(data) in _hub: texts = _read_hub(str(data))
     else:
-        known = ", ".join((*_made, *_hub))
-        raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or one of: {known}")
+        raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or: {', '.join((*_made, *_hub))}")
     return str(data), {k: (f"{data} {k}", b) for k, b in texts.items()}
 
 # %% ../../nbs/run/60_data.ipynb #ccaae793
-def _split(name:str, tok, tokens:np.ndarray, text:bytes, sha:str) -> Split:
-    if name != "recall": return Split(tokens, len(text), count_words(text), sha)
-    if tok.name != "bytes": raise InputError("the pages of recall are of bytes: leave the tokenizer 'bytes'")
+def _split(name:str, tokens:np.ndarray, text:bytes, sha:str) -> Split:
+    if name not in _paged: return Split(tokens, len(text), count_words(text), sha)
     at = asked(tokens)
     return Split(tokens, int(at.sum()), int(at.sum()), sha, PAGE, at)
 
@@ -309,6 +307,7 @@ def load_corpus(
     for where, b in texts.values():
         if not b: raise InputError(f"{where} is empty; put the text there")
     tok = load_tokenizer(tokenizer)
+    if str(data) in _paged and tok.name != "bytes": raise InputError(f"{data} is bytes: leave the tokenizer 'bytes'")
     cache = cache_folder("tokens") if cache is None else Path(cache).expanduser()
     sha = {k: hashlib.sha256(b).hexdigest() for k, (_, b) in texts.items()}
     key = {k: hashlib.sha256(f"{s} {tok.fingerprint}".encode()).hexdigest() for k, s in sha.items()}
@@ -318,7 +317,7 @@ def load_corpus(
         try: tokens[k] = tok.encode(texts[k][1])
         except InputError as e: raise InputError(f"{texts[k][0]}: {e}") from None
     for k in missing: tokens[k] = _store(cache, key[k], tokens[k])
-    return Corpus(name, tok, {k: _split(name, tok, tokens[k], b, sha[k]) for k, (_, b) in texts.items()})
+    return Corpus(name, tok, {k: _split(str(data), tokens[k], b, sha[k]) for k, (_, b) in texts.items()})
 
 # %% ../../nbs/run/60_data.ipynb #c0000022
 def _whole(least:int, **sizes):
