@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 from ..attention.decode import turned
-from ..attention.estimators import NoFeatures
+from ..attention.estimators import NoFeatures    # noqa: F401
 from ..attention.favor import FavorState, favor_attention
 from ..attention.landmarks import LandmarkConfig, LandmarkState, landmark_attention
 from ..core import InputError
