@@ -287,6 +287,36 @@ def test_no_network_is_one_quick_line(tmp_path):
     assert max(map(float, took)) < 5, r.stdout
     assert "etry" not in r.stderr and not (tmp_path/"x").exists()
 
+# ---- recall
+
+def test_recall_counts_answers_only(tmp_path):
+    c = load_corpus("recall", cache=tmp_path)
+    for s in c.splits.values():
+        page, ask = np.array(s.tokens).reshape(-1, s.page), s.asked.reshape(-1, s.page)
+        assert s.n_targets == s.n_bytes == ask.sum() and s.asked.shape == s.tokens.shape
+        for row, mask in list(zip(page.tolist(), ask.tolist()))[:50]:
+            for i, known in enumerate(mask):
+                if known: assert row[i - 1] in b"abcd" and bytes(row[i - 1:i + 1]) in bytes(row[:i - 1])
+    valid = c.splits["valid"]
+    counted = sum((t != -100).sum().item() for _, t in eval_batches(valid, 256, BOS, 7))
+    assert counted == valid.n_targets == 4*len(valid.tokens)//256
+    assert perplexities(math.log(16)*counted, valid)["bits_per_byte"] == pytest.approx(4)
+
+def test_windows_of_recall_begin_with_a_page(tmp_path):
+    s = load_corpus("recall", cache=tmp_path).splits["train"]
+    windows = TrainWindows(s, 256, 100, 5)
+    starts = [windows.start(i) for i in range(100)]
+    assert all(x % 256 == 0 for x in starts) and len(set(starts)) > 90
+    for i in range(100):
+        ids, targets = windows[i]
+        want = np.where(s.asked, s.tokens.astype(np.int64), -100)[starts[i] + 1:starts[i] + 257]
+        assert np.array_equal(ids, s.tokens[starts[i]:starts[i] + 256]) and np.array_equal(targets, want)
+        assert (targets != -100).any()
+
+def test_recall_is_bytes(bpe, tmp_path):
+    with pytest.raises(InputError, match="leave the tokenizer") as e: load_corpus("recall", bpe[0], tmp_path/"none")
+    one_line(e); assert not (tmp_path/"none").exists()
+
 # ---- counts and units
 
 @pytest.mark.parametrize("text,n", [(b"", 0), (b"a", 2), (b"a\n", 2), (b"\n\n", 2), (b" a  b\t\nc d\n", 6),

@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SIZE = dict(vocab_size=31, d_model=32, n_heads=2, n_layers=2, max_len=24, credit="bp", embed_std=0.1)
 KINDS = [*(dict(mixer=m) for m in MIXERS), dict(mixer="favor", local=True), dict(mixer="favor", features="hedgehog"),
+         dict(mixer="window", window=5, sinks=2), dict(mixer="window", local=True),
+         dict(mixer="landmarks", m=3, window=2),
          dict(mixer="spectral+softmax", enhancements="rope+glu+phase+scales", gating="single")]
 PROSE = b"The quick brown fox jumps over the lazy dog, and then it sleeps.\n"*40
 TRAIN = "--d-model 32 --n-heads 2 --max-len 48 --batch-size 8 --warmup 1 --lr 1e-2 --precision fp32 --steps 30".split()

@@ -75,3 +75,13 @@ def test_rows_say_where_they_come_from(name):
     assert rows
     for r in rows: assert r["provenance"]["commit"] and r["provenance"]["torch"] and r["provenance"]["device"]
     if name in ("demo", "wikitext"): assert len({r["model"]["seed"] for r in rows}) >= 3
+
+def test_the_task_of_the_estimators_needs_distance():
+    "Softmax with the whole page is ahead of every control without features, seed by seed"
+    rows = read_runs(ROOT/"results")
+    like = next(r for r in reversed(rows) if r["sweep"] == "estimators" and r["data"] == "recall")
+    found = select(rows, "estimators", like=like)
+    assert {"softmax", "chunks", "window", "window local", "favor+", "favor+ local", "landmarks"} <= found.keys()
+    for name in ("chunks", "window", "window local"):
+        assert len(found[name]) >= 2
+        for seed, r in found[name].items(): assert r["bits_per_byte"] > found["softmax"][seed]["bits_per_byte"] + 1

@@ -76,7 +76,50 @@ def test_a_mixer_from_outside(average):
 @pytest.mark.parametrize("name", ["softmax", "a+b", ""])
 def test_names_that_a_mixer_cannot_have(name):
     with pytest.raises(InputError): register_mixer(name, Mixer(lambda c, l: None, "nothing"))
-    assert list(MIXERS) == ["softmax", "favor", "spectral"] or name not in MIXERS or name == "softmax"
+    ours = ["softmax", "favor", "window", "landmarks", "spectral"]
+    assert list(MIXERS) == ours or name not in MIXERS or name == "softmax"
+
+NEAR = [dict(mixer="window", window=5, sinks=2), dict(mixer="window", local=True),
+        dict(mixer="landmarks", m=3, window=2)]
+
+@pytest.mark.parametrize("fields", NEAR, ids=str)
+def test_windows_and_landmarks_in_a_model(tmp_path, fields):
+    model = LanguageModel(LMConfig(**SIZE | dict(max_len=90), credit="bp", **fields)).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3)                      # an untrained model hardly looks at its context
+    ids = torch.randint(31, (2, 90), generator=torch.Generator().manual_seed(1))
+    whole, edited = model(ids), ids.clone()
+    edited[:, 60:] = (edited[:, 60:] + 1) % 31
+    assert torch.equal(whole[:, :60], model(edited)[:, :60]) and not torch.equal(whole[:, 60:], model(edited)[:, 60:])
+    _, state = model.extend(ids[:, :40])
+    for t in range(40, 90): logits, state = model.extend(ids[:, t:t + 1], state)
+    assert_rel("generation", whole[:, -1], logits, 1e-4)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)[0].eval()
+    assert loaded.config == model.config and torch.equal(loaded(ids), whole)
+
+def test_only_what_the_window_says_is_seen():
+    "One block without token shift: an edit reaches just the rows whose window or sinks hold it"
+    near = dict(mixer="window", window=5, sinks=2, token_shift=False)
+    model = LanguageModel(LMConfig(**SIZE | dict(n_layers=1), credit="bp", **near))
+    ids, _ = batch()
+    for at, reaches in ((1, range(1, 20)), (7, range(7, 12))):
+        edited = ids.clone(); edited[:, at] = (edited[:, at] + 1) % 31
+        moved = (model(ids) != model(edited)).any(-1).any(0).nonzero()[:, 0].tolist()
+        assert moved == list(reaches)
+
+@pytest.mark.parametrize("mixer", ["window", "landmarks"])
+def test_a_window_as_long_as_the_text_is_softmax(mixer):
+    ids, targets = batch()
+    soft = LanguageModel(LMConfig(**SIZE, credit="bp", mixer="softmax"))
+    near = LanguageModel(LMConfig(**SIZE, credit="bp", mixer=mixer, window=20))
+    for model in (soft, near): model.loss(ids, targets).backward()
+    assert_rel("logits", soft(ids), near(ids), 1e-5)
+    for (name, p), q in zip(soft.named_parameters(), near.parameters()): assert_rel(name, p.grad, q.grad, 1e-4)
+
+def test_a_window_that_is_not_given_is_64_keys():
+    made = [LanguageModel(LMConfig(**SIZE, mixer=m)).blocks[0].mixer for m in ("window", "landmarks")]
+    assert made[0].exact == dict(local=False, window=64, sinks=0) and made[1].config.window == 64
 
 # ---- credit rules
 
@@ -137,6 +180,10 @@ def test_learns_says_which_blocks_get_a_gradient(credit):
     (dict(credit="bp", half_round=True), "half_round=True needs"),
     (dict(mixer="softmax", m=8), "m=8 needs mixer='favor'"),
     (dict(mixer="spectral", local=True), "local=True needs mixer='favor'"),
+    (dict(mixer="window", m=8), "m=8 needs mixer='favor' or mixer='landmarks'"),
+    (dict(mixer="landmarks", local=True), "local=True needs mixer='favor' or mixer='window'"),
+    (dict(mixer="window", local=True, window=3), "not both"),
+    (dict(mixer="window", window=-1), "numbers of keys"),
     (dict(mixer="softmax", gating="single"), "gating='single' needs mixer='spectral'"),
     (dict(enhancements="rope"), "enhancements='rope' needs mixer='spectral'"),
     (dict(mixer="spectral", enhancements="rope+roop"), "enhancements must be rope or"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'MODEL_FEATURES', 'HyperbolicFeatures', 'TrigFeatures', 'simplex_directions', 'SpreadFeatures',
-           'as_made', 'Estimator', 'register_estimator', 'make_features', 'model_features']
+           'NoFeatures', 'as_made', 'Estimator', 'register_estimator', 'make_features', 'model_features']
 
 # %% ../../nbs/attention/11_estimators.ipynb #c0000003
 import math
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import InputError, Table, seeded_generator
 from .distill import LearnedFeatures
-from .favor import FavorFeatures, FeatureMap, gaussian_directions, row_cosine    # noqa: F401
+from okadfa.attention.favor import (ExponentialFeatures, FavorFeatures, FeatureMap, gaussian_directions,
+    row_cosine)    # noqa: F401
 from .fitted import FittedFeatures, sobol_directions
+from ..kernels.favor import NEVER
 
 # %% ../../nbs/attention/11_estimators.ipynb #c000000a
 class HyperbolicFeatures(FavorFeatures):
@@ -78,6 +80,21 @@ class SpreadFeatures(FavorFeatures):
     def _draw(self):
         g = seeded_generator("favor", self.seed, int(self.draws))
         self.projection.copy_(self.directions(self.m, self.d, g))
+
+# %% ../../nbs/attention/11_estimators.ipynb #c5ee0002
+class NoFeatures(ExponentialFeatures):
+    "Nothing of the keys that are not known exactly"
+    def __init__(self,
+        d:int,                 # channels of a head
+        log:float=NEVER,       # log weight of every key; -1e6 where chunks are exact
+    ):
+        super().__init__(d, 1)
+        self.log = log
+        self.register_buffer("zero", torch.zeros(1, d))
+
+    def affine(self, is_query:bool): return self.zero, None
+
+    def log_weight(self, x:Tensor, is_query:bool): return x.new_full(x.shape[:-1], 0. if is_query else self.log)
 
 # %% ../../nbs/attention/11_estimators.ipynb #c4231160
 def as_made(features:nn.Module, heads:int, local:bool) -> nn.Module:

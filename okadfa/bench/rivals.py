@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..attention.estimators import NoFeatures
 from ..attention.favor import FavorFeatures, FavorState, favor_attention, favor_attention_ref
 from ..attention.koa import SoftmaxState
 from ..core import Table, assert_rel, seeded_generator
@@ -77,10 +78,10 @@ def _all_sdpa(d, m, device, seed) -> dict[str,AttentionVariant]:
 
 def _naive(d, m, device, seed): return dict(naive=AttentionVariant(naive_softmax, naive_softmax))
 
-def _ours(name, run=None, truth=None):
-    "FAVOR+ with options of `favor_attention` and of its definition"
+def _ours(name, run=None, truth=None, features_of=FavorFeatures):
+    "Features, FAVOR+ where nothing is said, with options of `favor_attention` and of its definition"
     def make(d, m, device, seed):
-        features = FavorFeatures(d, m, seed=seed).to(device)
+        features = features_of(d, m, seed=seed).to(device)
         fast, slow = (partial(f, features=features, **(how or {})) for f, how in
                       ((favor_attention, run), (favor_attention_ref, truth or run)))
         return {name: AttentionVariant(fast, slow, exact=True)}
@@ -124,6 +125,8 @@ RIVALS = Table("variant",
     favor=Rival("FAVOR+ (ours)", _ours("favor"), linear=True),
     chunks=Rival("FAVOR+, exact chunks of 64", _ours("chunks", dict(local=True), dict(local=64)), on_request=True),
     window=Rival("FAVOR+, 4 sinks, window of 64", _ours("window", dict(window=64, sinks=4)), on_request=True),
+    alone=Rival("4 sinks, window of 64, nothing else", _ours("alone", dict(window=64, sinks=4),
+        features_of=lambda d, m, seed: NoFeatures(d)), on_request=True),
     performer=Rival("performer-pytorch", _performer, package="performer_pytorch",
         install="pip install 'okadfa[bench]'"),
     fla=Rival("flash-linear-attention", _fla, linear=True, package="fla",

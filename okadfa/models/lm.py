@@ -49,7 +49,7 @@ class LMConfig:
     error_site:str = option("hidden", "where the error is taken", choices=ERROR_SITES, group=CREDIT)
     embedding_credit:str = option("block", "what the embedding learns from", choices=EMBEDDING_CREDITS, group=CREDIT)
     embed_std:float = option(0.02, "initial standard deviation of the embedding's entries", group=START)
-    m:int|None = option(None, "random features a head, default 4 * d_model / n_heads", group=KERNEL)
+    m:int|None = option(None, "random features or landmarks a head, default 4 * d_model / n_heads", group=KERNEL)
     local:bool = option(False, "softmax's own weights inside chunks of 64 positions", group=KERNEL)
     window:int = option(0, "softmax's own weights for so many last keys", group=KERNEL)
     sinks:int = option(0, "and for so many first keys", group=KERNEL)

@@ -19,7 +19,8 @@ from ..probe.probe import ProbeSettings
 from .train import TrainConfig
 
 # %% ../../nbs/run/74_commands.ipynb #c453e0aa
-DATA_HELP = "embedded (Python's own manual), a folder with train.txt and valid.txt, wikitext-2 or wikitext-103"
+DATA_HELP = ("embedded (Python's own manual), recall (made to need far keys), a folder with train.txt and valid.txt, "
+             "wikitext-2 or wikitext-103")
 TOKENIZER_HELP = "bytes, a hub name such as gpt2, or a folder with tokenizer files"
 
 def path_option(*names, help, **kwargs):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from ..core import InputError, cache_folder
 from ..spectral.bytes import ByteEncoder
+from .recall import PAGE, asked, recall_corpus
 
 # %% ../../nbs/run/60_data.ipynb #c0000006
 def embedded_corpus() -> dict[str, bytes]:
@@ -180,6 +181,15 @@ class Split:
     n_bytes:int
     n_words:int          # white-space separated, plus one end-of-line for each line
     sha256:str           # of the text's bytes
+    page:int = 0         # windows begin at multiples of it; 0: anywhere
+    asked:np.ndarray|None = None    # [n] bool, the tokens that count; None: all
+
+    def targets(self, at) -> np.ndarray:
+        "Tokens at some positions, -100 where they do not count"
+        known = self.tokens[at].astype(np.int64)
+        return known if self.asked is None else np.where(self.asked[at], known, -100)
+    @property
+    def n_targets(self) -> int: return len(self.tokens) if self.asked is None else int(self.asked.sum())
 
 @dataclass(frozen=True)
 class Corpus:
@@ -238,6 +248,8 @@ def join_rows(
 # %% ../../nbs/run/60_data.ipynb #cfac5cf8
 _files = dict(train=("train.txt", "wiki.train.tokens"), valid=("valid.txt", "validation.txt", "wiki.valid.tokens"),
               test=("test.txt", "wiki.test.tokens"))
+_paged = dict(recall=recall_corpus)
+_made = dict(embedded=embedded_corpus, **_paged)
 _hub = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-v1"}
 
 # %% ../../nbs/run/60_data.ipynb #c0ff5a1e
@@ -271,17 +283,21 @@ def _read_folder(folder:Path) -> dict[str, tuple[str, bytes]]:
 def _read(data:str|Path) -> tuple[str, dict[str, tuple[str, bytes]]]:
     "The corpus's name, and for each split where it came from (for messages) and its bytes"
     folder = Path(data).expanduser()
-    if str(data) != "embedded" and folder.is_dir(): return folder.resolve().name, _read_folder(folder)
-    if str(data) == "embedded": texts = embedded_corpus()
+    if str(data) not in _made and folder.is_dir(): return folder.resolve().name, _read_folder(folder)
+    if str(data) in _made: texts = _made[str(data)]()
     elif str(data) in _hub: texts = _read_hub(str(data))
     else:
-        known = ", ".join(("embedded", *_hub))
-        raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or one of: {known}")
+        raise InputError(f"no folder {data}; pass one with train.txt and valid.txt, or: {', '.join((*_made, *_hub))}")
     return str(data), {k: (f"{data} {k}", b) for k, b in texts.items()}
 
 # %% ../../nbs/run/60_data.ipynb #ccaae793
+def _split(name:str, tokens:np.ndarray, text:bytes, sha:str) -> Split:
+    if name not in _paged: return Split(tokens, len(text), count_words(text), sha)
+    at = asked(tokens)
+    return Split(tokens, int(at.sum()), int(at.sum()), sha, PAGE, at)
+
 def load_corpus(
-    data:str|Path="embedded",     # "embedded", a folder with train.txt and valid.txt, "wikitext-2" or "wikitext-103"
+    data:str|Path="embedded",     # embedded, recall, wikitext-2, wikitext-103, or a folder with train.txt and valid.txt
     tokenizer:str|Path="bytes",   # for `load_tokenizer`
     cache:str|Path|None=None,     # folder for the tokens; None: `cache_folder("tokens")`
 ) -> Corpus:
@@ -291,6 +307,7 @@ def load_corpus(
     for where, b in texts.values():
         if not b: raise InputError(f"{where} is empty; put the text there")
     tok = load_tokenizer(tokenizer)
+    if str(data) in _paged and tok.name != "bytes": raise InputError(f"{data} is bytes: leave the tokenizer 'bytes'")
     cache = cache_folder("tokens") if cache is None else Path(cache).expanduser()
     sha = {k: hashlib.sha256(b).hexdigest() for k, (_, b) in texts.items()}
     key = {k: hashlib.sha256(f"{s} {tok.fingerprint}".encode()).hexdigest() for k, s in sha.items()}
@@ -300,7 +317,7 @@ def load_corpus(
         try: tokens[k] = tok.encode(texts[k][1])
         except InputError as e: raise InputError(f"{texts[k][0]}: {e}") from None
     for k in missing: tokens[k] = _store(cache, key[k], tokens[k])
-    return Corpus(name, tok, {k: Split(tokens[k], len(b), count_words(b), sha[k]) for k, (_, b) in texts.items()})
+    return Corpus(name, tok, {k: _split(str(data), tokens[k], b, sha[k]) for k, (_, b) in texts.items()})
 
 # %% ../../nbs/run/60_data.ipynb #c0000022
 def _whole(least:int, **sizes):
@@ -323,21 +340,22 @@ class TrainWindows(torch.utils.data.Dataset):
         if len(split.tokens) < seq_len + 1:
             raise InputError(f"the text has {len(split.tokens)} tokens and a window of {seq_len} needs {seq_len + 1}; "
                              "use a longer text or a smaller seq_len")
-        self.tokens, self.seq_len, self.n_samples, self.seed = split.tokens, seq_len, n_samples, seed
+        self.split, self.seq_len, self.n_samples, self.seed = split, seq_len, n_samples, seed
 
     def __len__(self): return self.n_samples
 
     def start(self, i:int) -> int:
         u = int(np.random.SeedSequence([self.seed, i]).generate_state(1, np.uint64)[0])
-        return u*(len(self.tokens) - self.seq_len) >> 64
+        s = u*(len(self.split.tokens) - self.seq_len) >> 64
+        return s - s % (self.split.page or 1)
 
     def __getitem__(self,
         i:int,                     # 0 <= i < n_samples
     ) -> tuple[Tensor, Tensor]:    # ids [n], targets [n], int64
         if not 0 <= i < self.n_samples: raise IndexError(f"sample {i} of {self.n_samples}")
         s = self.start(i)
-        w = torch.from_numpy(self.tokens[s:s + self.seq_len + 1].astype(np.int64))
-        return w[:-1], w[1:]
+        ids = self.split.tokens[s:s + self.seq_len].astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(self.split.targets(slice(s + 1, s + self.seq_len + 1)))
 
 # %% ../../nbs/run/60_data.ipynb #c0000027
 def eval_batches(
@@ -359,7 +377,7 @@ def eval_batches(
             window = np.arange(k, min(k + batch_size, n_windows))[:, None]
             at = window*stride + place                                     # position of each target in the text [b n]
             new = (at < n) & ((window == 0) | (place >= seq_len - stride))
-            known = tokens[np.minimum(at, n - 1)].astype(np.int64)
+            known = split.targets(np.minimum(at, n - 1))
             before = tokens[np.clip(at - 1, 0, n - 1)].astype(np.int64)
             # What stands for padding does not matter: no earlier position reads it
             ids = np.where((at == 0) | (at >= n), bos_id, before)
@@ -374,7 +392,7 @@ def perplexities(
     "One loss in three units; only bits per byte and word perplexity compare across tokenizers"
     if total_nats < 0:
         raise InputError(f"a sum of -ln p cannot be negative, got {total_nats}; pass nats summed over all tokens")
-    n = len(split.tokens)
+    n = split.n_targets
     def ppl(count):      # infinite beyond float64; NaN stays NaN
         x = total_nats/count
         return math.exp(x) if x < 709 else x*math.inf

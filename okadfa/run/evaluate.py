@@ -44,5 +44,5 @@ def evaluate(
         nats += total.double().item(); counted += int((targets != -100).sum())
         if progress: progress(counted)
     model.train(was_training)
-    if counted != len(split.tokens): raise AssertionError(f"counted {counted} of {len(split.tokens)} tokens")
+    if counted != split.n_targets: raise AssertionError(f"counted {counted} of {split.n_targets} tokens")
     return dict(nats=nats, **perplexities(nats, split))

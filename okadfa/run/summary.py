@@ -15,7 +15,7 @@ import numpy as np
 from ..core import read_rows
 from ..models.credit import CREDITS
 from ..models.lm import LMConfig, stored_config
-from .sweeps import SWEEPS, DEFAULTS, Rule, compared, rules_of, run_key
+from .sweeps import SWEEPS, DEFAULTS, Rule, at_size, compared, rules_of, run_key
 from .tables import stat
 from .train import TrainConfig
 
@@ -236,7 +236,7 @@ def rule_of(
     got = _flat(row)
     counts = [field for field in varied if not (field == "m" and got["mixer"] == "softmax")]
     for name, rule in rules.items():
-        want = _defaults(TrainConfig) | _defaults(LMConfig) | rule.fields
+        want = _defaults(TrainConfig) | _defaults(LMConfig) | at_size(rule.fields, got)
         want["m"] = want["m"] or 4*got["d_model"]//got["n_heads"]
         if all(got.get(field) == want.get(field) for field in counts): return name
 

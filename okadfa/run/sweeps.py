@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BP', 'FROZEN', 'IDENTITY', 'SPECTRAL', 'ARMS', 'SITES', 'EMBEDDINGS', 'NORMS', 'GRANULARITIES', 'DEPTHS', 'WIDTHS',
-           'PENALTIES', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER', 'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds',
-           'estimators', 'mixers', 'enhancements', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run',
-           'configs', 'make_run']
+           'PENALTIES', 'SINKS', 'ALONE', 'WINDOW', 'CONTROLS', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER', 'Rule',
+           'load_rivals', 'credit_rules', 'feedback_kinds', 'held', 'estimators', 'mixers', 'enhancements', 'Sweep',
+           'rules_of', 'compared', 'titles_of', 'run_key', 'Run', 'configs', 'at_size', 'make_run']
 
 # %% ../../nbs/run/71_sweeps.ipynb #c072c92b
 import dataclasses, hashlib, importlib, json, pkgutil
@@ -16,8 +16,9 @@ from typing import NamedTuple
 from .. import extend
 from ..core import InputError, Table
 from ..attention.estimators import ESTIMATORS, MODEL_FEATURES
+from ..attention.landmarks import LandmarkConfig
 from ..dfa.feedback import FEEDBACK_KINDS
-from ..models.block import MIXERS
+from ..models.block import MIXERS, NEAR
 from ..models.credit import CREDITS
 from ..models.lm import LMConfig
 from .train import TrainConfig
@@ -27,7 +28,7 @@ from ..spectral.enhancements import ENHANCEMENTS
 class Rule(NamedTuple):
     "One side of a comparison"
     title:str       # what tables and pictures call it
-    fields:dict     # of `LMConfig` and `TrainConfig`
+    fields:dict     # of `LMConfig` and `TrainConfig`; a value may be a function of the size's
 
     def but(self, title:str, **changes):
         "Another rule: this one with some fields changed"
@@ -114,9 +115,33 @@ def _features(name:str) -> dict:
     "The flags of an estimator; the config's default need not be named"
     return {} if name == LMConfig.features else dict(features=name)
 
+def held(
+    size:dict,        # fields of `LMConfig`
+    local:bool,       # the chunk counts too
+) -> int:             # positions
+    "As many keys and values of a head hold what its 4d features do"
+    d = size["d_model"]//size["n_heads"]
+    return 4*d*(d + 1)//(2*d) + NEAR*local
+
+SINKS = 4
+def _window(local): return lambda size: held(size, local) - SINKS
+
+def _landmarks(size):
+    "How many, beside a window of half a chunk, hold as much as features and chunk"
+    d, first = size["d_model"]//size["n_heads"], LandmarkConfig(1, NEAR//2, SINKS).first
+    return (held(size, True) - first)*2*d//(2*d + 3)
+
+ALONE = BP.but("exact chunks alone", mixer="window", local=True)
+WINDOW = BP.but("sinks and window, state of features", mixer="window", sinks=SINKS, window=_window(False))
+CONTROLS = {
+    "chunks": ALONE,
+    "window": WINDOW,
+    "window local": WINDOW.but("sinks and window, state of features and chunk", window=_window(True)),
+    "landmarks": WINDOW.but("landmarks, state of features and chunk", mixer="landmarks", window=NEAR//2, m=_landmarks)}
+
 def estimators() -> dict[str, Rule]:
-    "Softmax, and every estimator that a model can be made with"
-    out = {"softmax": BP.but("softmax")}
+    "Softmax, controls without features, and every estimator that a model can be made with"
+    out = {"softmax": BP.but("softmax")} | CONTROLS
     for name in MODEL_FEATURES:
         title = _title(ESTIMATORS, name)
         out[name] = ARMS["A1"].but(title, **_features(name))
@@ -233,6 +258,13 @@ def configs(
     model, training = (cls(**{n: values[n] for n in names[cls] if n in values}) for cls in names)
     return model, training
 
+def at_size(
+    fields:dict,     # of a rule
+    size:dict,       # fields of `LMConfig`
+) -> dict:           # numbers and names only
+    "What a rule says at a size"
+    return {name: v(size) if callable(v) else v for name, v in fields.items()}
+
 def make_run(
     sweep:str,        # key of `SWEEPS`
     rule:str,         # key of that sweep
@@ -243,7 +275,7 @@ def make_run(
 ) -> Run:
     "A rule at a size. Raises `InputError` for configs that cannot be"
     title, fields = rules_of(sweep)[rule]
-    values = size | fields | changes
+    values = at_size(size | fields | changes, size)
     values.setdefault("ortho_warmup", min(1000, values["steps"]//2))
     if values.get("m") == 4*values["d_model"]//values["n_heads"]: values["m"] = None
     if tune: data = {k: x for k, x in data.items() if k != "test_sha256"}

@@ -200,7 +200,7 @@ def redraw_features(
 ) -> None:
     "New random features for every layer that has some"
     for layer in layers:
-        if hasattr(layer, "features"): layer.features.redraw()
+        if hasattr(getattr(layer, "features", None), "redraw"): layer.features.redraw()
 
 def train_step(
     run:TrainingRun,             # its weights are changed
