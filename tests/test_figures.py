@@ -13,7 +13,8 @@ def between(marker):
 
 def printed(notebook):
     cells = load(ROOT/"nbs"/"figures"/notebook)["cells"]
-    return "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
+    shown = (o.get("text") or o.get("data", {}).get("text/markdown", "") for c in cells for o in c.get("outputs", []))
+    return "".join("".join(x) for x in shown)
 
 def test_readme_shows_the_demo_rows():
     assert between("demo") == summary_table(read_rows(ROOT/"results"/"demo.jsonl")).strip()

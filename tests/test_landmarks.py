@@ -137,6 +137,17 @@ def test_heads_in_a_model():
     assert torch.equal(a, b)
     with pytest.raises(InputError, match="take tokens out"): cache.crop(-1)
 
+def test_no_rows_and_autocast():
+    q, k, v = qkv(0)
+    assert landmark_attention(q, k, v, SMALL).shape == (2, 4, 0, 3)
+    q, k, v = (x.float() for x in qkv(40))
+    state = LandmarkState(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = landmark_attention(q, k, v, SMALL)
+        pieces = [state.prefill(*(x[:, :, :20] for x in (q, k, v))), state.extend(*(x[:, :, 20:] for x in (q, k, v)))]
+    assert_rel("whole", landmark_attention(q, k, v, SMALL), whole, 1e-6)
+    assert_rel("pieces", whole, torch.cat(pieces, 2), 1e-4)
+
 def test_bad_input():
     q, k, v = qkv(9)
     for wrong in (dict(landmarks=0), dict(window=0), dict(block=0), dict(sinks=-1), dict(memory=0.), dict(floor=0.)):

@@ -157,7 +157,6 @@ class LandmarkAttention(MultiHeadAttention):
         self.config = config or LandmarkConfig()
 
     def attend(self, q:Tensor, k:Tensor, v:Tensor, key_padding_mask:Tensor|None=None) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            return landmark_attention(q, k, v, self.config, key_padding_mask=key_padding_mask)
+        return landmark_attention(q, k, v, self.config, key_padding_mask=key_padding_mask)
 
     def make_state(self): return LandmarkState(self.config)

@@ -171,12 +171,13 @@ def _advance(c, marks, mass, k, v, a, lengths):
     mass[:, :, stay] = faded
     return new
 
-def _note(marks, mass, P, begin, rows, lengths):
-    "Add what the rows looked at: to the mass of keys from `begin` on (in place), to that of the landmarks"
-    if lengths is not None: P = P*(rows < lengths[:, None])[:, None, None, :, None]
-    got = P.sum(3).mean(2)
-    end, L = int(rows[-1]) + 1, marks.mass.shape[-1]
-    mass[:, :, begin:end] += got[..., begin - end:]
+def _note(marks, mass, P, begin, end, lengths):
+    "Add what the rows up to `end` looked at: to the mass of keys from `begin` on (in place), to that of the landmarks"
+    if lengths is not None:
+        rows = torch.arange(end - P.shape[3], end, device=P.device)
+        P = P*(rows < lengths[:, None])[:, None, None, :, None]
+    got, L = P.sum(3).mean(2), marks.mass.shape[-1]
+    mass[:, :, begin:end] += got[..., got.shape[-1] - (end - begin):]
     return marks._replace(mass=marks.mass + got[..., :L]) if begin else marks
 
 # %% ../../nbs/attention/09_landmarks.ipynb #c9000015
@@ -201,10 +202,11 @@ def landmark_rows(
         keys, values = (torch.cat([x[:, :, :sinks], x[:, :, begin:e]], 2) for x in (k, v))
         hidden = torch.cat([at.new_zeros(sinks), at]) > rows[:, None]
         out, P = _attend(q[:, :, :, a:e], marks if a else None, keys, values, hidden)
-        marks = _note(marks, mass, P.detach(), begin, rows, lengths)
+        marks = _note(marks, mass, P.detach(), begin, e, lengths)
         outs.append(out)
     return torch.cat(outs, 3).flatten(1, 2).to(dtype), marks, mass
 
+# %% ../../nbs/attention/09_landmarks.ipynb #c9000016
 def landmark_attention(
     q:Tensor,            # queries [b h n d]
     k:Tensor,            # keys [b h_k n d], h_k divides h
@@ -219,9 +221,10 @@ def landmark_attention(
         raise InputError(f"need q [b h n d], k [b h_k n d], v [b h_k n d_v], h_k divides h; got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
     if pad is not None and (pad[:, :-1] & ~pad[:, 1:]).any(): raise InputError("padding must stand at the end of a row")
-    return landmark_rows(q, k, v, c, scale, None if pad is None else (~pad).sum(1))[0]
+    with torch.autocast(q.device.type, enabled=False):
+        return landmark_rows(q, k, v, c, scale, None if pad is None else (~pad).sum(1))[0]
 
-# %% ../../nbs/attention/09_landmarks.ipynb #c9000017
+# %% ../../nbs/attention/09_landmarks.ipynb #c9000018
 def _joined(points, c):
     "Points (key, value, count, mass, spread) after a block has joined"
     keys, values, _, mass, _ = (torch.stack(x) for x in zip(*points))
@@ -261,7 +264,7 @@ def landmark_attention_ref(
         points, near = both[:len(points)], both[len(points):]
     return torch.stack(out)
 
-# %% ../../nbs/attention/09_landmarks.ipynb #c900001a
+# %% ../../nbs/attention/09_landmarks.ipynb #c900001b
 _STORED = "keys values bias mass count spread seen held".split()
 
 def _start(state, k, v):
@@ -299,14 +302,15 @@ def _put_window(state, k, v, mass):
     known = (torch.arange(s) < state.seen[:, None]).to(device)[:, None]
     state.bias[:, :, :s] = state.bias[:, :, :s].masked_fill(known, 0)
 
-# %% ../../nbs/attention/09_landmarks.ipynb #c900001b
+# %% ../../nbs/attention/09_landmarks.ipynb #c900001c
 def _prompt(state, q, k, v, first):
     "All positions at once"
     _start(state, k, v)
     n, lengths = k.shape[2], None
     if first is not None: lengths, (q, k, v) = n - first, (turned(x, first) for x in (q, k, v))
     state.n, state.seen = n, state.seen + n if first is None else lengths.cpu()
-    out, marks, mass = landmark_rows(q, k, v, state.c, state.scale, lengths)
+    with torch.autocast(q.device.type, enabled=False):
+        out, marks, mass = landmark_rows(q, k, v, state.c, state.scale, lengths)
     _put_landmarks(state, slice(None), marks)
     _put_window(state, k, v, mass)
     if first is None: return out
@@ -326,7 +330,7 @@ def _make_room(state):
     state.mass[rows, :, window] *= c.fade
     state.bias[rows, :, c.kept - c.block:] = NEVER
 
-# %% ../../nbs/attention/09_landmarks.ipynb #c900001c
+# %% ../../nbs/attention/09_landmarks.ipynb #c900001d
 def _append(state, k, v):
     "One position more in every row: among the sinks, or in the window"
     c = state.c
@@ -348,7 +352,7 @@ def _look(state, q):
     state.mass += P.mean(2)
     return (P @ state.values).flatten(1, 2)
 
-# %% ../../nbs/attention/09_landmarks.ipynb #c900001d
+# %% ../../nbs/attention/09_landmarks.ipynb #c900001e
 class LandmarkState(BatchRows):
     "Recurrent form of `landmark_attention`: constant memory and time a token. No gradients"
     def __init__(self,
@@ -366,9 +370,10 @@ class LandmarkState(BatchRows):
     def step(self, q:Tensor, k:Tensor, v:Tensor) -> Tensor:
         "One position: q [b h d], k [b h_k d], v [b h_k d_v] -> [b h d_v]"
         if self.keys is None: _start(self, k[:, :, None], v[:, :, None])
-        _make_room(self)
-        _append(self, k, v)
-        return _look(self, q).to(v.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            _make_room(self)
+            _append(self, k, v)
+            return _look(self, q).to(v.dtype)
 
     def extend(self, q:Tensor, k:Tensor, v:Tensor) -> Tensor:
         "Some positions: q [b h n d], k and v [b h_k n ..] -> [b h n d_v]"
