@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ERROR_NORMS', 'EMBEDDING_CREDITS', 'SITES', 'cut', 'letter_box', 'broadcast', 'root_mean_square', 'rescale',
-           'true_errors', 'refine', 'half_round', 'Choices', 'opener', 'block_errors', 'CutPass', 'close_pass',
-           'leave_open', 'CutStack', 'resolve', 'DFAHook']
+           'Choices', 'opener', 'block_errors', 'CutPass', 'close_pass', 'leave_open', 'CutStack', 'resolve', 'DFAHook']
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0000003
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from ..core import InputError
 from .blocks import Gate, attention_in, find_stack, need_branch, need_residual
 from .blocks import need_all, on_input, on_output, refuse_hooks_inside, stand_still
 from .feedback import FeedbackMatrices
+from .mlp import DIAGONALS, Carry, watch_mlp
+from .rounds import FittedDiagonal, carried_rounds, half_round, refine, sweep, true_errors
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0c68e95
 def _drop_grad(x): x.grad = None
@@ -98,54 +99,6 @@ class _SizeOfTop(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta, *errors): return None, None, *(rescale(e, ctx.norm, delta) for e in errors)
 
-# %% ../../nbs/dfa/21_hook.ipynb #c0000008
-def true_errors(
-    delta:Tensor,              # the error at the top [b n d]
-    inputs:list[Tensor],       # the (detached) block inputs
-    outputs:list[Tensor],      # the block outputs, attached to their own graphs, which are kept
-) -> list[Tensor]:             # the error at every block output
-    "e_l = J_{l+1}^T e_{l+1} from the top down: an input-gradient pass through every block but the first"
-    errors = [delta]
-    for i, o in zip(reversed(inputs[1:]), reversed(outputs[1:])):
-        errors.insert(0, torch.autograd.grad(o, i, errors[0], retain_graph=True)[0])
-    return errors
-
-# %% ../../nbs/dfa/21_hook.ipynb #c000000a
-def refine(
-    delta:Tensor,              # the error at the top [b n d]
-    errors:list[Tensor],       # the first guess, one [b n d] for each block output
-    inputs:list[Tensor],       # the (detached) block inputs
-    outputs:list[Tensor],      # the block outputs, attached to their own graphs
-    rounds:int,                # how often; len(outputs)-1 rounds give backpropagation
-    damping:float=0.,          # share of the last guess that is kept
-) -> list[Tensor]:
-    "Fixed-point rounds of e_l = delta + sum_{j>l} J_j^T e_j, for blocks that are h + f(h)"
-    if not rounds: return errors
-    L, terms = len(outputs), [None]*len(outputs)
-    errors = [*errors[:-1], delta]                        # whatever the guess was, the error at the top is known
-    for r in range(rounds if damping else min(rounds, L - 1)):
-        inexact = L if damping else L - r
-        for j in range(1, inexact):
-            through_block = torch.autograd.grad(outputs[j], inputs[j], errors[j], retain_graph=True)[0]
-            terms[j] = through_block - errors[j]          # J_f^T e: without the identity branch
-        e = delta
-        for j in range(L - 1, 0, -1):
-            e = e + terms[j]
-            errors[j-1] = torch.lerp(e, errors[j-1], damping) if damping else e
-    return errors
-
-# %% ../../nbs/dfa/21_hook.ipynb #c000000c
-def half_round(
-    delta:Tensor,                          # the error at the top [b n d]
-    halves:list[tuple[Tensor, Tensor]],    # input and output of one residual branch of every block, attached
-) -> list[Tensor]:                         # a guess for every block output
-    "e_l = delta + sum_{j>l} J_j^T delta, where J_j is the Jacobian of one branch of block j"
-    errors = [delta]
-    for i, o in reversed(halves[1:]):
-        through_branch = torch.autograd.grad(o, i, delta, retain_graph=True)[0]
-        errors.insert(0, errors[0] + through_branch - delta)
-    return errors
-
 # %% ../../nbs/dfa/21_hook.ipynb #c5541069
 EMBEDDING_CREDITS = ("block", "direct", "none")
 SITES = ("hidden", "caller")
@@ -161,16 +114,29 @@ class Choices(NamedTuple):
     error_norm:str              # one of ERROR_NORMS
     inner_feedback:object       # `FeedbackMatrices` of the inner modules, or None
     half_round:bool             # the first guess is `half_round`'s
+    diagonal:object             # one of DIAGONALS, "fitted" as a `FittedDiagonal`
+    units:int                   # of `Carry`
+    secants:int                 # of `carried_rounds`
+
+    @property
+    def carries(self) -> bool:
+        "Something better than the identity is carried from block to block"
+        return self.diagonal != "none" or bool(self.units or self.secants)
+
+    @property
+    def looks_inside(self) -> bool:
+        "MLPs are watched as they run"
+        return self.diagonal == "mlp" or bool(self.units)
 
     @property
     def keeps_graphs(self) -> bool:
         "Rounds and calibration run backward through single blocks: inputs and outputs are kept for them"
-        return bool(self.rounds) or self.half_round or self.feedback.learns == "errors"
+        return bool(self.rounds) or self.half_round or self.carries or self.feedback.learns == "errors"
 
     @property
     def sends_errors(self) -> bool:
         "A letter is the block's error already; otherwise it is delta, and the box computes the error"
-        return bool(self.rounds) or self.half_round or self.site == "caller"
+        return bool(self.rounds) or self.half_round or self.carries or self.site == "caller"
 
 # %% ../../nbs/dfa/21_hook.ipynb #c583d19d
 def _check_words(asked:Choices) -> None:
@@ -179,6 +145,10 @@ def _check_words(asked:Choices) -> None:
         if x not in known: raise InputError(f"{name} must be {' or '.join(known)}, got {x!r}")
     if int(asked.rounds) != asked.rounds or asked.rounds < 0 or not 0 <= asked.damping < 1:
         raise InputError(f"need whole rounds >= 0 and 0 <= damping < 1, got {asked.rounds} and {asked.damping}")
+    if not isinstance(asked.diagonal, FittedDiagonal) and asked.diagonal not in DIAGONALS:
+        raise InputError(f"diagonal must be {' or '.join(DIAGONALS)}, got {asked.diagonal!r}")
+    if min(asked.units, asked.secants) < 0:
+        raise InputError(f"need units >= 0 and secants >= 0, got {asked.units} and {asked.secants}")
 
 def _check_together(asked:Choices, inner:int, halves:int) -> None:
     "Do the choices, the number of inner modules and that of branches fit one another?"
@@ -190,8 +160,19 @@ def _check_together(asked:Choices, inner:int, halves:int) -> None:
     hidden = asked.site == "hidden"
     if asked.half_round and (halves not in (0, asked.n_blocks) or asked.feedback.stores or inner or not hidden):
         raise InputError("half a round needs one branch a block, identity feedback, site='hidden' and no inner modules")
+    if asked.carries: _check_carried(asked, inner)
     if not hidden and (asked.rounds or inner or asked.feedback.learns):
         raise InputError("rounds, inner modules and feedback that learns need site='hidden'")
+
+def _check_carried(asked:Choices, inner:int) -> None:
+    if asked.damping or inner or asked.site != "hidden":
+        raise InputError("diagonal, units and secants need damping=0, site='hidden' and no inner modules")
+    if not asked.rounds and (asked.secants or asked.diagonal not in ("none", "mlp")):
+        raise InputError("secants and a fitted diagonal learn from rounds: they need rounds of 1 or more")
+    if not asked.rounds and (asked.half_round or asked.feedback.stores):
+        raise InputError("without rounds, what is carried is the first guess: it needs identity feedback, no half round")
+    wide = [d for d in asked.feedback.layer_dims if d != asked.feedback.output_dim]
+    if wide: raise InputError(f"what is carried needs blocks as wide as the top, {asked.feedback.output_dim}, got {wide[0]}")
 
 # %% ../../nbs/dfa/21_hook.ipynb #c8ab6dee
 def opener(
@@ -216,11 +197,16 @@ def block_errors(
     outputs:list[Tensor],      # of the blocks, where rounds need them
     branches:list,             # (input, output) of one branch of each block, for half a round
     gate:Gate,                 # on attention, for half a round through blocks as they are
+    mlps:list,                 # `SeenMLP` of each block, where their Jacobians are carried
 ) -> list[Tensor]:             # one for each block [b n d]
     "The errors of all blocks at once: a first guess, and the rounds"
+    carry = Carry(delta, outputs, mlps, asked.diagonal, asked.units) if asked.carries else None
     if asked.half_round:
         with gate: guess = half_round(delta, branches or list(zip(inputs, outputs)))
+    elif carry is not None and not asked.feedback.stores: guess = sweep(delta, asked.n_blocks, carry)
     else: guess = [asked.feedback.local_error(l, delta) for l in range(asked.n_blocks)]
+    if carry is not None:
+        return carried_rounds(delta, guess, inputs, outputs, asked.rounds, carry, asked.secants, carry.learn)
     return refine(delta, guess, inputs, outputs, asked.rounds, asked.damping)
 
 # %% ../../nbs/dfa/21_hook.ipynb #cb55d190
@@ -229,6 +215,7 @@ class CutPass:
     def __init__(self, asked:Choices):
         self.asked, self.begun, self.done = asked, 0, 0      # blocks that have begun, and that have run
         self.inputs, self.outputs, self.branches, self.gate = [], [], [], Gate()
+        self.mlps = []                                       # `SeenMLP` of each block
         self.boxes = []                                      # (letter box, its layer, or None inside a block)
 
     def enter(self, l:int, x:Tensor) -> Tensor:
@@ -270,13 +257,14 @@ def close_pass(
     x:Tensor,          # the tensor whose gradient is the error delta [b n d_final]
 ) -> Tensor:           # x; its backward sends every block its error
     "Broadcast from `x` to everything that was gathered"
-    asked, inputs, outputs, branches, gate = done.asked, done.inputs, done.outputs, done.branches, done.gate
+    asked, inputs, outputs = done.asked, done.inputs, done.outputs
+    how = done.branches, done.gate, done.mlps
     boxes, layers = zip(*done.boxes)
     norm = "none" if asked.site == "caller" else asked.error_norm      # there `_SizeOfTop` sees to it
     def letters(delta):
         if asked.feedback.begin(): asked.feedback.observe(delta, true_errors(delta, inputs, outputs))
         if not asked.sends_errors: return [delta]*len(boxes)
-        errors = block_errors(delta, asked, inputs, outputs, branches, gate)
+        errors = block_errors(delta, asked, inputs, outputs, *how)
         return [delta if l is None else rescale(errors[l], norm, delta) for l in layers]
     return broadcast(x, boxes, letters, through=asked.site == "caller")
 
@@ -305,6 +293,7 @@ class CutStack:
         # first, since the output that the last block hands on is the broadcast one
         self._handles = [on_output(m, lambda x, out: self._pass.branch(x, out)) for m in self.halves]
         self._handles += [on_output(m, lambda x, out: self._still(out)) for m in self.still]
+        self._new_mlps = [self._watch(l, block) for l, block in enumerate(self.blocks) if self.asked.looks_inside]
         for l, block in enumerate(self.blocks):
             self._handles.append(on_input(block[0], partial(self._enter, l)))
             self._handles.append(on_output(block[-1], partial(self._leave, l)))
@@ -320,8 +309,14 @@ class CutStack:
 
     def _still(self, out): return stand_still(self._pass.gate, out, self._pass.inputs[-1])
 
+    def _watch(self, l, block):
+        new, handles = watch_mlp(block[0], self.asked.feedback.output_dim, l, lambda: self._pass.mlps[l])
+        self._handles += handles
+        return new
+
     def _enter(self, l, x):
         if l == 0: self._pass = CutPass(self.asked)          # a new pass, also after one that died half-way
+        if self._new_mlps: self._pass.mlps.append(self._new_mlps[l]())
         return self._pass.enter(l, x)
 
     def _leave(self, l, x, out):
@@ -377,16 +372,22 @@ class DFAHook(CutStack):
         inner_feedback=None,        # `FeedbackMatrices` for those inputs
         half_round:bool=False,      # the first guess goes through every block, its attention standing still
         halves=(),                  # the same by one residual branch x + f(x) inside each block, see `half_round`
+        diagonal="none",            # carried by the rounds: "none" | "mlp" | "fitted", or the `FittedDiagonal` itself
+        units:int=0,                # and so many hidden units of every MLP, see `Carry`
+        secants:int=0,              # earlier rounds that each round makes use of, see `Secants`
     ):
         blocks, feedback = resolve(blocks, feedback)
         still = [m for b in sum(blocks, []) for m in attention_in(b)] if half_round and not halves else []
         inner, halves = list(inner), list(halves)
+        if diagonal == "fitted": diagonal = FittedDiagonal(len(feedback), feedback.output_dim)
         asked = Choices(feedback, len(blocks), embedding, site, rounds, damping, error_norm,
-                        inner_feedback, bool(halves or still))
+                        inner_feedback, bool(halves or still), diagonal, units, secants)
         _check_words(asked)
         _check_together(asked, len(inner), len(halves))
+        if asked.looks_inside and any(len(b) > 1 for b in blocks):
+            raise InputError("units and diagonal='mlp' look inside single blocks, not groups: use diagonal='fitted'")
         super().__init__(blocks, inner, halves, still, asked)
-        self.feedback = feedback
+        self.feedback, self.diagonal = feedback, diagonal
 
     @property
     def waiting(self) -> bool:
