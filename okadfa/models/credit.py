@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core import InputError, Table
 from ..dfa.feedback import FEEDBACK_KINDS, FeedbackMatrices, fixed_kinds, inner_kind
 from ..dfa.hook import DFAHook
+from ..dfa.rounds import FittedDiagonal
 from ..dfa.schedule import step_time
 from .head import linear_cross_entropy
 
@@ -122,6 +123,9 @@ def _check_granularity(c) -> None:
 def _check_rounds(c) -> None:
     if c.rounds < 0: raise InputError(f"rounds must be 0 or more, got {c.rounds}")
     if c.refresh < 1: raise InputError(f"refresh must be at least 1, got {c.refresh}")
+    looks_inside = c.units or c.diagonal == "mlp"
+    if looks_inside and (c.granularity != "block" or c.stages or c.checkpoint):
+        raise InputError("units and diagonal='mlp' need granularity='block', stages=0 and no checkpoint")
     if c.half_round and (c.feedback != "identity" or c.granularity != "block" or c.stages or c.checkpoint):
         raise InputError("half_round needs feedback='identity', granularity='block', stages=0 and no checkpoint")
 
@@ -129,19 +133,24 @@ def _check_rounds(c) -> None:
 class DirectFeedback(CreditRule):
     "Every piece gets its error from the top of the model. Nøkland (2016); between blocks: Launay et al. (2020)"
     title = "direct feedback"
-    reads = ("feedback", "granularity", "stages", "rounds", "half_round", "error_norm", "refresh", "error_site",
+    reads = ("feedback", "granularity", "stages", "rounds", "half_round", "diagonal", "units", "secants", "error_norm", "refresh", "error_site",
              "embedding_credit")
 
     def check(self, config):
         _check_granularity(config); _check_rounds(config); _check_site(config)
 
-    def prepare(self, model): model.feedback, model.inner_feedback = make_feedback(model)
+    def prepare(self, model):
+        model.feedback, model.inner_feedback = make_feedback(model)
+        if model.config.diagonal == "fitted":
+            model.diagonal = FittedDiagonal(len(cut_pieces(model)), model.config.d_model)
+        self._hook(model)                                   # refuses choices that do not fit one another
 
     def _hook(self, model) -> DFAHook:
         c, blocks = model.config, model.blocks
         if model.feedback is None:
             raise InputError(f"this model was made with credit={c.credit!r} and has no feedback matrices")
-        return DFAHook(cut_pieces(model), model.feedback, embedding=c.embedding_credit, rounds=c.rounds,
+        carried = dict(diagonal=getattr(model, "diagonal", c.diagonal), units=c.units, secants=c.secants)
+        return DFAHook(cut_pieces(model), model.feedback, embedding=c.embedding_credit, rounds=c.rounds, **carried,
                        error_norm=c.error_norm, site="hidden" if c.error_site == "hidden" else "caller",
                        inner=[] if model.inner_feedback is None else [b.mlp[2] for b in blocks],
                        inner_feedback=model.inner_feedback, halves=[b.feed for b in blocks] if c.half_round else [])

@@ -16,6 +16,7 @@ from ..core import InputError, check_choices, option, seeded_generator
 from ..attention.estimators import MODEL_FEATURES
 from ..dfa.feedback import FEEDBACK_KINDS
 from ..dfa.hook import EMBEDDING_CREDITS, ERROR_NORMS
+from ..dfa.mlp import DIAGONALS
 from .block import MIXERS, Block
 from .credit import CREDITS, cut_pieces
 from ..spectral.enhancements import ENHANCEMENTS
@@ -44,6 +45,9 @@ class LMConfig:
     stages:int = option(0, "groups of blocks, with backpropagation inside each; 0: every block is one", group=CREDIT)
     rounds:int = option(0, "correction rounds from direct feedback towards BP", group=CREDIT)
     half_round:bool = option(False, "add every MLP's own Jacobian to identity feedback (half a round)", group=CREDIT)
+    diagonal:str = option("none", "what rounds carry from block to block", choices=DIAGONALS, group=CREDIT)
+    units:int = option(0, "and so many hidden units of every MLP", group=CREDIT)
+    secants:int = option(0, "earlier rounds that each round makes use of", group=CREDIT)
     error_norm:str = option("none", "what the errors' size is made equal to", choices=ERROR_NORMS, group=CREDIT)
     refresh:int = option(100, "backward passes between samples of true errors (calibrated feedback)", group=CREDIT)
     error_site:str = option("hidden", "where the error is taken", choices=ERROR_SITES, group=CREDIT)
