@@ -10,6 +10,7 @@ __all__ = ['KEYS', 'COLOURS', 'MARKS', 'key_of', 'newest', 'Sheet', 'attention_s
 # %% ../../nbs/probe/78_tables.ipynb #c7800004
 import math, statistics
 from typing import NamedTuple
+from .credit import CARRIED
 from .arms import CONTROL, STAND_INS
 
 # %% ../../nbs/probe/78_tables.ipynb #c7800006
@@ -82,9 +83,10 @@ def credit_sheet(rows:list[dict]) -> Sheet:
     blocks = max((r["blocks"] for r in found), default=1)
     at = sorted({0, blocks//4, blocks//2, 3*blocks//4, max(0, blocks - 2)})
     for r in sorted(found, key=lambda r: r["steps"]):
-        lines.append((r["rule"], str(r["steps"]), *(_number(r["error_cosine"][l]) for l in at),
+        mean = sum(c or 0 for c in r["error_cosine"])/r["blocks"]
+        lines.append((r["rule"], f"{r['steps']:g}", _number(mean), *(_number(r["error_cosine"][l]) for l in at),
                       _number(r["error_error"][0], 3), _number(r["gradient_cosine"][0]), _number(r["all"]["cosine"])))
-    headings = ("", "sequential steps", *(f"cosine, block {l + 1}" for l in at), "error, block 1",
+    headings = ("", "sequential steps", "cosine, mean", *(f"cosine, block {l + 1}" for l in at), "error, block 1",
                 "gradient's cosine, block 1", "all gradients")
     return Sheet("credit: what arrives, against backpropagation", headings, lines)
 
@@ -156,9 +158,10 @@ def draw_attention(ax, rows:list[dict]) -> None:
 def draw_credit(ax, rows:list[dict]) -> None:
     "Mean cosine of what arrives, beside the steps that wait for one another"
     found = newest(rows, "credit")
-    kinds = {"rounds": lambda r: r["rule"] == "identity" or "round" in r["rule"],
-             "stages": lambda r: "stages" in r["rule"], "random matrices": lambda r: r["rule"] == "random matrices"}
-    for (name, belongs), mark in zip(kinds.items(), ("o-", "s-", "x")):
+    kinds = {"plain rounds": lambda r: r["rule"] == "identity" or r["rule"].endswith(("round", "rounds"))}
+    kinds |= {f"rounds, {what}": lambda r, what=what: r["rule"].endswith(f", {what}") for what in CARRIED}
+    kinds |= {"stages": lambda r: "stages" in r["rule"], "random matrices": lambda r: r["rule"] == "random matrices"}
+    for (name, belongs), mark in zip(kinds.items(), ("o-", "^-", "v-", "D-", "P-", "s-", "x")):
         mean = lambda r: statistics.mean(x or 0. for x in r["error_cosine"])
         points = sorted((r["steps"], mean(r)) for r in found if belongs(r))
         if points: ax.plot(*zip(*points), mark, ms=4, lw=1.2, label=name)
