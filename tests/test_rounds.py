@@ -94,7 +94,7 @@ def by_autograd(mlp, out, e):
 def test_the_diagonal_is_autograds(family):
     torch.manual_seed(0)
     m = families()[family]().eval()
-    for name, p in m.named_parameters():
+    for p in m.parameters():
         if p.ndim == 1: nn.init.uniform_(p, .5, 1.5)
     mlp, out = seen_mlp(find_stack(m).blocks, 32, lambda: m(torch.randint(61, (2, 7))))
     e = torch.randn_like(out)

@@ -13,7 +13,7 @@ from ..core import InputError
 from .blocks import find_stack, on_input, on_output
 from .diagnostics import as_it_was, batch_loss
 from .hook import cut
-from .rounds import FittedDiagonal, carried_rounds, refine, sweep, true_errors
+from .rounds import FittedDiagonal, carried_rounds, sweep, true_errors
 
 # %% ../../nbs/dfa/05_law.ipynb #cc11281d
 def gains(
