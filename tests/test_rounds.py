@@ -1,4 +1,4 @@
-"What rounds carry: backpropagation in the end whatever it is, diagonals that are autograd's, and what goes wrong said in a line"
+"What rounds carry: backpropagation in the end, diagonals that are autograd's, and what goes wrong said in a line"
 import pathlib
 import pytest, torch
 from torch import nn
@@ -7,14 +7,14 @@ from okadfa.dfa.diagnostics import compare_gradients
 from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 from okadfa.dfa.law import cut_apart, gains, measured_cosines, predicted_cosines, rounds_needed
-from okadfa.dfa.blocks import find_stack
+from okadfa.dfa.blocks import find_stack, on_output
 from okadfa.dfa.mlp import Carry, mlp_diagonal, watch_mlp
 from okadfa.dfa.rounds import Secants, refine, sweep, true_errors
 from okadfa.models.lm import LMConfig, LanguageModel
 
 SIZE = dict(vocab_size=30, d_model=16, n_layers=4, n_heads=2, max_len=32)
-CARRIED = [dict(diagonal="mlp"), dict(diagonal="fitted"), dict(secants=3), dict(units=5), dict(diagonal="fitted", units=5),
-           dict(diagonal="mlp", units=5, secants=3)]
+CARRIED = [dict(diagonal="mlp"), dict(diagonal="fitted"), dict(secants=3), dict(units=5),
+           dict(diagonal="fitted", units=5), dict(diagonal="mlp", units=5, secants=3)]
 
 def model(**kw):
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def louder(m):
 def test_rounds_end_at_backpropagation(mixer, carried):
     m = louder(model(mixer=mixer, rounds=3, **carried))
     bp = gradients(m, steps=3, credit="bp")
-    assert_rel("three rounds", bp, gradients(m, steps=3), 1e-9)              # the third step has a diagonal that has learnt
+    assert_rel("three rounds", bp, gradients(m, steps=3), 1e-9)        # at the third step a diagonal has learnt
     few = louder(model(mixer=mixer, rounds=1, **carried))
     assert (gradients(few, steps=3) - bp).norm() > 1e-3*bp.norm()           # one round is not all of them
 
@@ -58,16 +58,18 @@ def test_the_sweep_is_a_sum_over_prefix_products():
         assert_rel(f"block {l}", want, swept[l], 1e-12)
 
 def families():
-    from transformers import (FalconConfig, FalconForCausalLM, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel,
-                              LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM)
+    from transformers import (FalconConfig, FalconForCausalLM, GemmaConfig, GemmaForCausalLM, GPT2Config,
+                              GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config,
+                              Phi3ForCausalLM)
     size = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-    gated = dict(size, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-                 pad_token_id=0)
     quiet = dict(bos_token_id=0, eos_token_id=1)
+    gated = dict(size, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, **quiet)
+    gpt2 = dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=32, **quiet)
+    opt = dict(size, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, **quiet)
     return dict(llama=lambda: LlamaForCausalLM(LlamaConfig(**gated)), phi3=lambda: Phi3ForCausalLM(Phi3Config(**gated)),
         gemma=lambda: GemmaForCausalLM(GemmaConfig(**gated, head_dim=8)),
-        gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=32, **quiet)),
-        opt=lambda: OPTForCausalLM(OPTConfig(**size, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, **quiet)),
+        gpt2=lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
+        opt=lambda: OPTForCausalLM(OPTConfig(**opt)),
         falcon=lambda: FalconForCausalLM(FalconConfig(**size, **quiet)))
 
 def seen_mlp(blocks, width, run):
@@ -75,7 +77,7 @@ def seen_mlp(blocks, width, run):
     found, outs = [], []
     new, handles = watch_mlp(blocks[1], width, 1, lambda: found[0])
     found.append(new())
-    handles.append(blocks[1].register_forward_hook(lambda mod, args, out: outs.append(out[0] if isinstance(out, tuple) else out)))
+    handles.append(on_output(blocks[1], lambda x, out: outs.append(out)))
     run()
     for h in handles: h.remove()
     return found[0], outs[0]
@@ -139,10 +141,12 @@ def test_other_forms_are_refused_in_a_line():
     (dict(rounds=1, units=2, damping=.5), "damping=0"), (dict(rounds=1, secants=2, site="caller"), "site='hidden'")])
 def test_what_does_not_fit_is_refused(bad, word):
     m = model()
-    with pytest.raises(InputError, match=word): DFAHook(list(m.blocks), FeedbackMatrices([16]*4, 16, kind="identity"), **bad)
+    same = FeedbackMatrices([16]*4, 16, kind="identity")
+    with pytest.raises(InputError, match=word): DFAHook(list(m.blocks), same, **bad)
 
-@pytest.mark.parametrize("bad", [dict(diagonal="mlp", stages=2, rounds=1), dict(units=2, granularity="micro", rounds=1),
-                                 dict(diagonal="mlp", credit="bp"), dict(diagonal="fitted"), dict(secants=-1, rounds=1)])
+@pytest.mark.parametrize("bad", [
+    dict(diagonal="mlp", stages=2, rounds=1), dict(units=2, granularity="micro", rounds=1),
+    dict(diagonal="mlp", credit="bp"), dict(diagonal="fitted"), dict(secants=-1, rounds=1)])
 def test_a_config_that_does_not_fit_is_refused(bad):
     with pytest.raises(InputError): model(**bad)
 
@@ -202,7 +206,7 @@ def test_half_precision_errors(dtype):
         found.append(torch.cat([p.grad.float().flatten() for p in m.parameters()]))
     assert found[1].isfinite().all() and torch.cosine_similarity(*found, dim=0) > .99
 
-# --------------------------------------------------------------------------------------------------------------- the law
+# the law
 
 def test_true_errors_have_the_size_that_the_law_says():
     "By construction: gains and rests make every channel's size at every block"
@@ -222,12 +226,13 @@ def test_the_law_ends_where_rounds_end():
 def test_the_law_against_rounds_on_a_model():
     m = louder(model(n_layers=8))
     def loss_of(m, t): return m.loss(*t, credit="bp")
+    before = [p.clone() for p in m.parameters()]
     measured = measured_cosines(m, text(), loss_of=loss_of)
     assert_rel("what the hook's rounds find", torch.ones(8).double(), measured[-1], 1e-9)
     needed = rounds_needed(m, text(), loss_of=loss_of)
     assert abs(needed - int((measured.mean(1) >= .95).nonzero()[0])) <= 1
-    before = [p.clone() for p in m.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, m.parameters())) and m.training and not m.blocks[0]._forward_hooks
+    assert all(torch.equal(a, b) for a, b in zip(before, m.parameters()))
+    assert m.training and not m.blocks[0]._forward_hooks
 
 def test_measured_cosines_are_the_hooks():
     m = louder(model(n_layers=5, rounds=2))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORM', 'unwrapped', 'outermost_lists', 'Stack', 'stream_width', 'norm_behind', 'find_stack', 'first_name',
            'hidden_of', 'on_input', 'on_output', 'need_all', 'is_hooked', 'adds_to', 'need_branch', 'need_residual',
-           'Gate', 'stand_still', 'attention_in']
+           'Gate', 'stand_still', 'attention_in', 'resolve']
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260004
 import inspect, re
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import InputError
+from .feedback import FeedbackMatrices
 
 # %% ../../nbs/dfa/26_blocks.ipynb #cb260007
 def unwrapped(model:nn.Module) -> nn.Module:
@@ -221,3 +222,26 @@ def attention_in(
     inner = [m for m in named if not any(o is not m and any(p is o for p in m.modules()) for o in named)]
     if inner: return inner
     raise InputError(f"no attention found in {type(block).__name__}: pass halves=[...], one residual branch a block")
+
+# %% ../../nbs/dfa/26_blocks.ipynb #cb26a002
+def resolve(
+    blocks,          # a model, or modules in running order; a list among them is one
+    feedback,        # `FeedbackMatrices`, or for a model the name of a kind
+) -> tuple:          # a list of lists of modules; `FeedbackMatrices`
+    "What a hook is to cut, and by which matrices. Raises `InputError` where that is not clear"
+    width = None
+    if not isinstance(blocks, (nn.Module, list, tuple)):
+        raise InputError(f"DFAHook takes a model, or modules in running order, got a {type(blocks).__name__}")
+    if not isinstance(feedback, (str, nn.Module)):
+        raise InputError(f"feedback must be FeedbackMatrices or the name of a kind, got {feedback!r}")
+    if isinstance(blocks, nn.Module) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        stack = find_stack(blocks)
+        device = next((p.device for p in blocks.parameters()), None)
+        blocks, width = stack.blocks, stack.width
+    blocks = [list(b) if isinstance(b, (list, tuple)) else [b] for b in blocks]
+    if isinstance(feedback, str):
+        if width is None:
+            raise InputError(f"how wide are the {len(blocks)} blocks? pass FeedbackMatrices([width]*{len(blocks)}, "
+                             f"width, kind={feedback!r}) instead of {feedback!r}")
+        feedback = FeedbackMatrices([width]*len(blocks), width, kind=feedback).to(device)
+    return blocks, feedback

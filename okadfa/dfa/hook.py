@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ERROR_NORMS', 'EMBEDDING_CREDITS', 'SITES', 'cut', 'letter_box', 'broadcast', 'root_mean_square', 'rescale',
-           'Choices', 'opener', 'block_errors', 'CutPass', 'close_pass', 'leave_open', 'CutStack', 'resolve', 'DFAHook']
+           'Choices', 'opener', 'block_errors', 'CutPass', 'close_pass', 'leave_open', 'register', 'CutStack',
+           'DFAHook']
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0000003
 from collections.abc import Callable
@@ -13,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import InputError
-from .blocks import Gate, attention_in, find_stack, need_branch, need_residual
+from .blocks import Gate, attention_in, need_branch, need_residual, resolve
 from .blocks import need_all, on_input, on_output, refuse_hooks_inside, stand_still
-from .feedback import FeedbackMatrices
-from .mlp import DIAGONALS, Carry, watch_mlp
+from .mlp import DIAGONALS, Carry, check_inside, watch_mlp
 from .rounds import FittedDiagonal, carried_rounds, half_round, refine, sweep, true_errors
 
 # %% ../../nbs/dfa/21_hook.ipynb #c0c68e95
@@ -170,9 +170,9 @@ def _check_carried(asked:Choices, inner:int) -> None:
     if not asked.rounds and (asked.secants or asked.diagonal not in ("none", "mlp")):
         raise InputError("secants and a fitted diagonal learn from rounds: they need rounds of 1 or more")
     if not asked.rounds and (asked.half_round or asked.feedback.stores):
-        raise InputError("without rounds, what is carried is the first guess: it needs identity feedback, no half round")
+        raise InputError("without rounds, what is carried is the first guess, in place of half a round or matrices")
     wide = [d for d in asked.feedback.layer_dims if d != asked.feedback.output_dim]
-    if wide: raise InputError(f"what is carried needs blocks as wide as the top, {asked.feedback.output_dim}, got {wide[0]}")
+    if wide: raise InputError(f"rounds that carry need blocks as wide as the top, got {wide[0]}")
 
 # %% ../../nbs/dfa/21_hook.ipynb #c8ab6dee
 def opener(
@@ -280,6 +280,30 @@ def leave_open(
     done.boxes = list(zip(boxes, layers))
     return top
 
+# %% ../../nbs/dfa/21_hook.ipynb #c5c7bda7
+def register(
+    stack,          # `CutStack`
+    now,            # () -> the `CutPass` that runs
+) -> list:          # handles of hooks
+    "What is to be done when blocks, their branches, attention and MLPs run"
+    asked = stack.asked
+    # first, since the output that the last block hands on is the broadcast one
+    handles = [on_output(m, lambda x, out: now().branch(x, out)) for m in stack.halves]
+    handles += [on_output(m, lambda x, out: stand_still(now().gate, out, now().inputs[-1])) for m in stack.still]
+    new_mlps = []
+    for l, block in enumerate(stack.blocks):
+        if not asked.looks_inside: break
+        new, seen = watch_mlp(block[0], asked.feedback.output_dim, l, lambda l=l: now().mlps[l])
+        new_mlps.append(new)
+        handles += seen
+    def enter(l, x):
+        x = stack.enter(l, x)
+        now().mlps += [new() for new in new_mlps[l:l+1]]
+        return x
+    for l, block in enumerate(stack.blocks):
+        handles += [on_input(block[0], partial(enter, l)), on_output(block[-1], partial(stack.leave, l))]
+    return handles + [on_input(m, lambda x, i=i: now().enter_inner(i, x)) for i, m in enumerate(stack.inner)]
+
 # %% ../../nbs/dfa/21_hook.ipynb #c5c7bda6
 class CutStack:
     "Context manager in which blocks run cut apart"
@@ -290,14 +314,7 @@ class CutStack:
     def __enter__(self):
         if self._handles: raise RuntimeError("this DFAHook is already active")
         for block in self.blocks: refuse_hooks_inside(block[0])
-        # first, since the output that the last block hands on is the broadcast one
-        self._handles = [on_output(m, lambda x, out: self._pass.branch(x, out)) for m in self.halves]
-        self._handles += [on_output(m, lambda x, out: self._still(out)) for m in self.still]
-        self._new_mlps = [self._watch(l, block) for l, block in enumerate(self.blocks) if self.asked.looks_inside]
-        for l, block in enumerate(self.blocks):
-            self._handles.append(on_input(block[0], partial(self._enter, l)))
-            self._handles.append(on_output(block[-1], partial(self._leave, l)))
-        self._handles += [on_input(m, lambda x, i=i: self._pass.enter_inner(i, x)) for i, m in enumerate(self.inner)]
+        self._handles = register(self, lambda: self._pass)
         return self
 
     def __exit__(self, kind=None, *exc):
@@ -307,19 +324,11 @@ class CutStack:
 
     attach, detach = __enter__, __exit__                     # for training that no `with` can stand around
 
-    def _still(self, out): return stand_still(self._pass.gate, out, self._pass.inputs[-1])
-
-    def _watch(self, l, block):
-        new, handles = watch_mlp(block[0], self.asked.feedback.output_dim, l, lambda: self._pass.mlps[l])
-        self._handles += handles
-        return new
-
-    def _enter(self, l, x):
+    def enter(self, l, x):
         if l == 0: self._pass = CutPass(self.asked)          # a new pass, also after one that died half-way
-        if self._new_mlps: self._pass.mlps.append(self._new_mlps[l]())
         return self._pass.enter(l, x)
 
-    def _leave(self, l, x, out):
+    def leave(self, l, x, out):
         self._pass.leave(l, out)
         if l < len(self.blocks) - 1: return None
         return self.broadcast(out) if self.asked.site == "hidden" else leave_open(self._pass, out)
@@ -329,28 +338,10 @@ class CutStack:
         done, self._pass = self._pass, CutPass(self.asked)
         return close_pass(done, x)
 
-# %% ../../nbs/dfa/21_hook.ipynb #c2f81a02
-def resolve(
-    blocks,          # a model, or modules in running order; a list among them is one
-    feedback,        # `FeedbackMatrices`, or for a model the name of a kind
-) -> tuple:          # a list of lists of modules; `FeedbackMatrices`
-    "What a hook is to cut, and by which matrices. Raises `InputError` where that is not clear"
-    width = None
-    if not isinstance(blocks, (nn.Module, list, tuple)):
-        raise InputError(f"DFAHook takes a model, or modules in running order, got a {type(blocks).__name__}")
-    if not isinstance(feedback, (str, nn.Module)):
-        raise InputError(f"feedback must be FeedbackMatrices or the name of a kind, got {feedback!r}")
-    if isinstance(blocks, nn.Module) and not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
-        stack = find_stack(blocks)
-        device = next((p.device for p in blocks.parameters()), None)
-        blocks, width = stack.blocks, stack.width
-    blocks = [list(b) if isinstance(b, (list, tuple)) else [b] for b in blocks]
-    if isinstance(feedback, str):
-        if width is None:
-            raise InputError(f"how wide are the {len(blocks)} blocks? pass FeedbackMatrices([width]*{len(blocks)}, "
-                             f"width, kind={feedback!r}) instead of {feedback!r}")
-        feedback = FeedbackMatrices([width]*len(blocks), width, kind=feedback).to(device)
-    return blocks, feedback
+    @property
+    def waiting(self) -> bool:
+        "Whether all blocks have run and the error is still to be broadcast (site='caller', with gradients)"
+        return self.asked.site == "caller" and self._pass.done == len(self.blocks)
 
 # %% ../../nbs/dfa/21_hook.ipynb #c000000e
 class DFAHook(CutStack):
@@ -384,15 +375,9 @@ class DFAHook(CutStack):
                         inner_feedback, bool(halves or still), diagonal, units, secants)
         _check_words(asked)
         _check_together(asked, len(inner), len(halves))
-        if asked.looks_inside and any(len(b) > 1 for b in blocks):
-            raise InputError("units and diagonal='mlp' look inside single blocks, not groups: use diagonal='fitted'")
+        if asked.looks_inside: check_inside(blocks, feedback.output_dim)
         super().__init__(blocks, inner, halves, still, asked)
         self.feedback, self.diagonal = feedback, diagonal
-
-    @property
-    def waiting(self) -> bool:
-        "Whether all blocks have run and the error is still to be broadcast (site='caller', with gradients)"
-        return self.asked.site == "caller" and self._pass.done == len(self.blocks)
 
     @property
     def boxes(self) -> list:

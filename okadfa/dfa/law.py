@@ -77,7 +77,7 @@ def cut_apart(
         with as_it_was(model): loss = loss_of(model, batch)
     finally:
         for h in handles: h.remove()
-    if len(outputs) != len(blocks): raise InputError(f"{len(outputs)} of {len(blocks)} blocks have run: each must, once")
+    if len(outputs) != len(blocks): raise InputError(f"{len(outputs)} of {len(blocks)} blocks have run, not each once")
     return torch.autograd.grad(loss, tops[0])[0], inputs, outputs
 
 def rounds_needed(
@@ -90,7 +90,8 @@ def rounds_needed(
 ) -> int:
     "Rounds until the mean cosine over blocks is reached, predicted from one backward pass"
     if not 0 < cosine <= 1: raise InputError(f"cosine must be above 0 and at most 1, got {cosine}")
-    if diagonal not in ("none", "fitted"): raise InputError(f"the law knows diagonal 'none' and 'fitted', got {diagonal!r}")
+    if diagonal not in ("none", "fitted"):
+        raise InputError(f"the law knows diagonal 'none' and 'fitted', got {diagonal!r}")
     errors = true_errors(*cut_apart(model, batch, loss_of))
     mean = predicted_cosines(errors, diagonal=diagonal == "fitted").mean(1)
     return int((mean >= cosine - 1e-9).nonzero()[0])

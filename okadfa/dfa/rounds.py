@@ -84,7 +84,8 @@ class FittedDiagonal(nn.Module):
         ridge:float=1e-3,     # pull to 1, in units of a block's mean square
     ):
         super().__init__()
-        if not 0 <= decay < 1 or ridge <= 0: raise InputError(f"need 0 <= decay < 1 and ridge > 0, got {decay}, {ridge}")
+        if not 0 <= decay < 1 or ridge <= 0:
+            raise InputError(f"need 0 <= decay < 1 and ridge > 0, got {decay} and {ridge}")
         self.decay, self.ridge = decay, ridge
         self.register_buffer("product", torch.zeros(blocks, width))
         self.register_buffer("square", torch.zeros(blocks, width))
@@ -96,7 +97,7 @@ class FittedDiagonal(nn.Module):
 
     @torch.no_grad()
     def observe(self, l:int, e:Tensor, through:Tensor, size:Tensor) -> None:
-        "Learn from what block `l` made of `e`, both [b n d]; `size` is that of all errors, so that no loss scale counts"
+        "Learn from what block `l` made of `e`, both [b n d], in units of `size`, so that no loss scale counts"
         if not self.training: return
         e, through = (x.flatten(0, -2).to(self.square.dtype)/size for x in (e, through))
         for kept, new in ((self.product, e*through), (self.square, e*e)):

@@ -69,8 +69,7 @@ class LMConfig:
 
     def mixer_of(self, l:int) -> str:
         "Mixer of block l"
-        names = self.mixer.split("+")
-        return names[l % len(names)]
+        return (names := self.mixer.split("+"))[l % len(names)]
 
 # %% ../../nbs/models/51_lm.ipynb #c2677249
 def check_config(c) -> None:

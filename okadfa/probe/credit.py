@@ -33,6 +33,9 @@ class Shortcut(NamedTuple):
     units:int=0                # of `DFAHook`
     secants:int=0              # of `DFAHook`
 
+    @property
+    def looks_inside(self) -> bool: return self.diagonal == "mlp" or bool(self.units)
+
 CARRIED = {"secants": dict(secants=8), "diagonal": dict(diagonal="mlp"),
            "diagonal & secants": dict(diagonal="mlp", secants=8),
            "diagonal, units & secants": dict(diagonal="mlp", units=128, secants=8)}
@@ -52,6 +55,7 @@ def shortcuts(
         found |= {f"{name}, {what}": Shortcut(r + 1, rounds=r, **carried) for what, carried in CARRIED.items()}
     return found | {f"stages of {g}": Shortcut(g, stage=g) for g in stages if g < blocks}
 
+# %% ../../nbs/probe/76_credit.ipynb #c760a007
 def shortcut_hook(
     model:nn.Module,       # whose blocks `find_stack` finds
     rule:Shortcut,         # what they are told
@@ -131,7 +135,7 @@ class CreditQuestion:
         self.groups, self.blocks = stack_groups(model), len(find_stack(model).blocks)
         self.rules, self.true = shortcuts(self.blocks), None
         shortcut_hook(model, self.rules["identity"])
-        if not self._mlps_known(): self.rules = {k: r for k, r in self.rules.items() if r.diagonal == "none"}
+        if not self._mlps_known(): self.rules = {k: r for k, r in self.rules.items() if not r.looks_inside}
 
     def _mlps_known(self) -> bool:
         "Are the blocks' MLPs of the form that a diagonal and units need?"
@@ -158,5 +162,4 @@ class CreditQuestion:
         lists = {f"{what}_{of}": [_finite(r[of]) for r in found]
                  for what, found in by_block.items() for of in ("cosine", "error")}
         whole = {k: _finite(x) for k, x in together(rows, sizes).items()}
-        steps = rule.steps + round(swept(self.model, rule), 1)
-        return dict(blocks=self.blocks, steps=steps, all=whole) | lists
+        return dict(blocks=self.blocks, steps=rule.steps + round(swept(self.model, rule), 1), all=whole) | lists
