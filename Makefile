@@ -82,6 +82,11 @@ ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows app
 	$(BIN)/okadfa ablate rules --lrs $(LRS)
 	$(BIN)/okadfa ablate arms
 
+# Many hours on two cores, to be stopped and started as `make ablate`. Another depth: make depth DEPTH='--n-layers 48 ...'
+DEPTH     ?= --n-layers 24 --d-model 64 --n-heads 2 --seq-len 128 --batch-size 4 --diag-every 200 --lr 3e-3
+depth: $(READY)   ## what rounds carry, beside backpropagation and frozen blocks, in a deep model; rows in results/depth/
+	$(BIN)/okadfa ablate rounds $(DEPTH) --results results/depth --runs runs/depth
+
 # A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
 PYTHON ?= $(BIN)/python
 gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, rows appended to results/
@@ -101,4 +106,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext bytes weights ablate gpu figures clean
+.PHONY: help install demo test docs bench demo-rows wikitext bytes weights ablate depth gpu figures clean
