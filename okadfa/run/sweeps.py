@@ -233,7 +233,8 @@ DEFAULTS = dict(n_layers=6, d_model=128, n_heads=4, max_len=128, embed_std=0.088
 QUICK = DEFAULTS | dict(n_layers=4, steps=150, warmup=50, diag_every=50, precision="bf16")
 
 # %% ../../nbs/run/71_sweeps.ipynb #ce64f979
-LATER = dict(window=0, sinks=0)     # fields that came after runs were finished: at these values nothing has changed
+# fields that came after runs were finished: at these values nothing has changed
+LATER = dict(window=0, sinks=0, diagonal="none", units=0, secants=0)
 
 def run_key(
     model:dict,       # every field of `LMConfig`
