@@ -8,8 +8,8 @@ from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
 from okadfa.dfa.law import cut_apart, gains, measured_cosines, predicted_cosines, rounds_needed
 from okadfa.dfa.blocks import find_stack, on_output
-from okadfa.dfa.mlp import Carry, mlp_diagonal, watch_mlp
-from okadfa.dfa.rounds import Secants, refine, sweep, true_errors
+from okadfa.dfa.mlp import Carry, carry_units, mlp_diagonal, strongest_units, watch_mlp
+from okadfa.dfa.rounds import FittedDiagonal, Secants, refine, sweep, true_errors
 from okadfa.models.lm import LMConfig, LanguageModel
 
 SIZE = dict(vocab_size=30, d_model=16, n_layers=4, n_heads=2, max_len=32)
@@ -106,7 +106,14 @@ def test_the_diagonal_is_autograds(family):
     everything = Carry(e, [out]*2, [mlp]*2, "none", 10**6)
     assert_rel("all units", e + whole, everything(1, e), 2e-5)
     some = Carry(e, [out]*2, [mlp]*2, "mlp", 4)
-    assert_rel("units and the diagonal of the rest", some(1, e) - some.send[1](e), e*some.scales[1], 1e-6)
+    chosen = strongest_units(mlp, out, e, 4)
+    assert_rel("the diagonal without the units", 1 + mlp_diagonal(mlp, out, chosen), some.scales[1], 1e-6)
+    assert_rel("both", e*some.scales[1] + carry_units(mlp, out, chosen)(e), some(1, e), 1e-6)
+    fit = FittedDiagonal(2, 32, ridge=1e-9)
+    learner, through = Carry(e, [out]*2, [mlp]*2, fit, 4), torch.randn_like(e)
+    learner.learn(1, e, through)
+    rest = through - carry_units(mlp, out, chosen)(e)
+    assert_rel("fitted to what units leave over", (e*rest).sum((0, 1))/e.square().sum((0, 1)), fit.scale(1), 1e-4)
 
 def test_the_diagonal_of_our_own_blocks_leaves_out_what_is_read_one_position_back():
     m = model().float()
@@ -123,6 +130,10 @@ def test_dropout_is_part_of_the_branch():
     m = families()["gpt2"]().train()
     ids = torch.randint(61, (2, 7))
     with DFAHook(m, rounds=2, diagonal="mlp", units=4): loss = m(ids, labels=ids).loss
+    mlp, out = seen_mlp(m.transformer.h, 32, lambda: m(ids))
+    kept = torch.autograd.grad(out, mlp.out, torch.ones_like(out), retain_graph=True)[0]
+    diagonal = mlp_diagonal(mlp, out)
+    assert (kept == 0).any() and (diagonal[kept == 0] == 0).all() and (diagonal[kept > 0] != 0).any()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in m.parameters())
 
@@ -162,13 +173,14 @@ def test_a_fitted_diagonal_is_saved_with_the_model_and_stands_still_in_evaluatio
     assert torch.equal(again.diagonal.scale(1), m.diagonal.scale(1))
 
 def test_the_loss_scale_does_not_count():
-    "Mixed precision multiplies the loss: the diagonal must be the same"
+    "Mixed precision multiplies the loss, and not always by the same: the diagonal must be the same"
     fits = []
-    for scale in (1., 2.**16):
-        m = model(rounds=2, diagonal="fitted", secants=2)
-        (m.loss(*text())*scale).backward()
+    for scales in ((1., 1.), (2.**16, 1.), (1., 2.**16)):
+        m = louder(model(rounds=2, diagonal="fitted", secants=2))
+        for i, scale in enumerate(scales): (m.loss(*text(seed=i))*scale).backward()
         fits.append(m.diagonal.scale(1))
-    assert_rel("scale", *fits, 1e-6)
+    assert_rel("first", fits[0], fits[1], 1e-6)
+    assert_rel("second", fits[0], fits[2], 1e-6)
 
 def test_two_graphs_at_once():
     "A second forward pass before the first one's backward: each has its own MLPs in mind"
@@ -215,6 +227,23 @@ def test_true_errors_have_the_size_that_the_law_says():
     for l in range(3):
         size = e[l+1].square().sum((0, 1))
         assert_rel(f"block {l}", e[l].square().sum((0, 1)), size*((1 + g[l])**2 + s2[l]), 1e-9)
+
+@pytest.mark.parametrize("gain, spread", [(0., .5), (-.2, .3)])
+def test_the_law_is_exact_where_channels_keep_apart(gain, spread):
+    "Every channel multiplied by a gain and a random number of its own: rounds done by hand"
+    L, rng = 8, torch.Generator().manual_seed(0)
+    J = [gain + spread*torch.randn(20000, 3, generator=rng).double() for _ in range(L)]
+    top = torch.randn(20000, 3, generator=rng).double()
+    true, errors = [top], [top]*L
+    for l in range(L - 1, 0, -1): true.insert(0, true[0] + J[l]*true[0])
+    law = predicted_cosines([e[None] for e in true])
+    for r in range(L):
+        cos = [torch.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in zip(errors, true)]
+        assert law[r].tolist() == pytest.approx(cos, abs=.03), r
+        below = [top]
+        for l in range(L - 1, 0, -1): below.insert(0, below[0] + J[l]*errors[l])
+        errors = below
+    assert law[0, 0] < .8
 
 def test_the_law_ends_where_rounds_end():
     e = [torch.randn(2, 9, 6).double() for _ in range(5)]
