@@ -801,6 +801,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'okadfa.dfa.blocks.unwrapped': ('dfa/blocks.html#unwrapped', 'okadfa/dfa/blocks.py')},
             'okadfa.dfa.diagnostics': { 'okadfa.dfa.diagnostics.NonFiniteError': ( 'dfa/diagnostics.html#nonfiniteerror',
                                                                                    'okadfa/dfa/diagnostics.py'),
+                                        'okadfa.dfa.diagnostics._have_learnt': ( 'dfa/diagnostics.html#_have_learnt',
+                                                                                 'okadfa/dfa/diagnostics.py'),
                                         'okadfa.dfa.diagnostics.as_it_was': ('dfa/diagnostics.html#as_it_was', 'okadfa/dfa/diagnostics.py'),
                                         'okadfa.dfa.diagnostics.attention_similarity': ( 'dfa/diagnostics.html#attention_similarity',
                                                                                          'okadfa/dfa/diagnostics.py'),

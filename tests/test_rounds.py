@@ -144,7 +144,10 @@ def test_other_forms_are_refused_in_a_line():
     ids = torch.randint(61, (2, 7))
     batch = dict(input_ids=ids, labels=ids)
     with pytest.raises(InputError, match="diagonal='fitted'"): compare_gradients(m, batch, rounds=1, diagonal="mlp")
-    assert compare_gradients(m, batch, rounds=2, diagonal="fitted", secants=2)["all"]["error"] < 1e-8
+    fit = FittedDiagonal(3, 32)
+    assert compare_gradients(m, batch, rounds=2, diagonal=fit, secants=2)["all"]["error"] < 1e-8
+    assert fit.training and not fit.square.any()                             # it did not learn from being looked at
+    with pytest.raises(InputError, match="learnt nothing"): compare_gradients(m, batch, rounds=2, diagonal="fitted")
 
 @pytest.mark.parametrize("bad, word", [
     (dict(rounds=1, diagonal="bp"), "diagonal must be"), (dict(rounds=1, units=-1), "units >= 0"),

@@ -105,6 +105,15 @@ def together(
     return dict(cosine=dot/(size*norm)**.5 if size*norm else None, error=off/size if size else None,
                 mse=off/sum(sizes.values()), norm=norm**.5, norm_ref=size**.5)
 
+# %% ../../nbs/dfa/23_diagnostics.ipynb #cdd1a005
+def _have_learnt(hook, feedback, diagonal) -> list:
+    "The modules that learn. Raises `InputError` where they were made a moment ago"
+    if isinstance(feedback, str) and hook.feedback.learns == "errors":
+        raise InputError(f"new {feedback} matrices have learnt nothing: train with a hook, pass feedback=hook.feedback")
+    if diagonal == "fitted":
+        raise InputError("a new fitted diagonal has learnt nothing: train with a hook, pass diagonal=hook.diagonal")
+    return [m for m in (hook.feedback, hook.diagonal) if isinstance(m, nn.Module)]
+
 # %% ../../nbs/dfa/23_diagnostics.ipynb #cdd10005
 def compare_model(
     model:nn.Module,           # any whose blocks `find_stack` finds
@@ -120,11 +129,10 @@ def compare_model(
     if any(map(is_hooked, find_stack(model).blocks)):
         raise InputError("a DFAHook is active on this model, so its loss is not backpropagation's: detach() it first")
     groups, hook = groups or stack_groups(model), DFAHook(model, feedback, **choices)
-    if isinstance(feedback, str) and hook.feedback.learns == "errors":
-        raise InputError(f"new {feedback} matrices have learnt nothing: train with a hook, pass feedback=hook.feedback")
+    learning = _have_learnt(hook, feedback, choices.get("diagonal"))
     params = [p for ps in groups.values() for p in ps]
     if not params: raise InputError("no parameter of this model is trained (requires_grad): there is no gradient")
-    with as_it_was(model, hook.feedback):
+    with as_it_was(model, *learning):
         loss = loss_of(model, batch)
         if loss is None or loss.numel() != 1: raise InputError("the loss must be one number: take its mean")
         true = iter(torch.autograd.grad(loss, params, allow_unused=True))
