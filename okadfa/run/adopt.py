@@ -7,6 +7,7 @@ __all__ = ['UNFINISHED', 'Replacement', 'read_texts', 'claim', 'adopt', 'print_a
 
 # %% ../../nbs/run/94_adopt.ipynb #ca760005
 import dataclasses, math, os, shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import click, torch
@@ -14,7 +15,7 @@ from ..attention.estimators import ESTIMATORS
 from ..attention.landmarks import LANDMARKS
 from ..core import InputError, append_row, check_choices, option, provenance, version_of
 from ..models.adapt import Adaptation, adapt_within, check_peft
-from ..models.budget import Notes, mean_nats, replaced
+from ..models.budget import Notes, mean_divergence, mean_nats, replaced
 from ..options import Command, config_options
 from .commands import path_option
 from .records import finish_step_on_interrupt, write_json
@@ -111,6 +112,24 @@ def _save(model, tok, out, work, row):
     write_json(out/"linearize.json", row | dict(provenance=provenance()))
     shutil.rmtree(work)
 
+# %% ../../nbs/run/94_adopt.ipynb #ca76001e
+def _with_adapters(model, name, c, judged, note):
+    "Of the adapted weights: nats with softmax, which tells what adapters know of the text, and divergence from before"
+    from okadfa.models.pretrained import load_pretrained
+    with replaced(model, ()) if model.config.okadfa["layers"] else nullcontext():
+        nats = note("adapters", lambda: mean_nats(model, judged))
+    return nats, note("divergence", lambda: mean_divergence(model, judged, load_pretrained(name, c.device)[0]))
+
+def _row(name, c, training, model, kept, far, journal):
+    "What was done and measured"
+    perplexity = {k: math.exp(x) for k, x in kept.items()}
+    done = dict(layers=model.config.okadfa["layers"], perplexity=perplexity, divergence=far,
+                rise=perplexity["final"]/perplexity["softmax"] - 1)
+    if journal: done |= dict(trained_steps=len(journal.losses), trained_seconds=journal.seconds, losses=journal.losses)
+    versions = {x: version_of(x) for x in ("transformers", "peft")}
+    how = dataclasses.asdict(c) | dict(training=training and dataclasses.asdict(training))
+    return dict(kind="linearize", model=str(name)) | how | done | versions
+
 # %% ../../nbs/run/94_adopt.ipynb #ca76000e
 def adopt(
     name:str,            # a folder, a name on the hub, or "smollm2-135m"
@@ -128,27 +147,21 @@ def adopt(
     windows, held, judged = _split(texts, tok, c, training)
     seed = training.seed if training else 0
     linearize(model, torch.cat(windows), seed=seed, folder=work, progress=progress, **c.fitted)
-    note, kept = Notes(work/"perplexity.json"), {}
+    note, kept, far = Notes(work/"perplexity.json"), {}, {}
     with replaced(model, ()): kept["softmax"] = note("softmax", lambda: mean_nats(model, judged))
     kept["fitted"] = note("fitted", lambda: mean_nats(model, judged))
+    far["fitted"] = note("divergence of fitted", lambda: mean_divergence(model, judged))
     with finish_step_on_interrupt() as asked:
         journal, found = adapt_within(model, windows, held, training, c.budget, folder=work, progress=progress,
                                       stop=lambda: bool(asked))
         if asked: raise KeyboardInterrupt
     kept["final"] = note("final", lambda: mean_nats(model, judged))
-    row = _row(name, c, training, model, kept, journal) | dict(judged_on=texts[2], judged_tokens=c.length*len(judged))
+    if journal: kept["adapters"], far["final"] = _with_adapters(model, name, c, judged, note)
+    elif model.config.okadfa["layers"]: far["final"] = note("divergence", lambda: mean_divergence(model, judged))
+    on = dict(judged_on=texts[2], judged_tokens=c.length*len(judged))
+    row = _row(name, c, training, model, kept, far, journal) | on
     _save(model, tok, out, work, row)
     return row
-
-def _row(name, c, training, model, kept, journal):
-    "What was done and measured"
-    perplexity = {k: math.exp(x) for k, x in kept.items()}
-    done = dict(layers=model.config.okadfa["layers"], perplexity=perplexity,
-                rise=perplexity["final"]/perplexity["softmax"] - 1)
-    if journal: done |= dict(trained_steps=len(journal.losses), trained_seconds=journal.seconds, losses=journal.losses)
-    versions = {x: version_of(x) for x in ("transformers", "peft")}
-    how = dataclasses.asdict(c) | dict(training=training and dataclasses.asdict(training))
-    return dict(kind="linearize", model=str(name)) | how | done | versions
 
 # %% ../../nbs/run/94_adopt.ipynb #ca76000f
 def print_adopted(row:dict, out:Path) -> None:
@@ -157,10 +170,12 @@ def print_adopted(row:dict, out:Path) -> None:
     from rich.table import Table
     p, where = row["perplexity"], f"on {row['judged_tokens']:,} tokens, windows of {row['length']}"
     table = Table(title=f"{out}: {len(row['layers'])} layers replaced", caption=where)
-    for head in ("", "perplexity", "above softmax"): table.add_column(head, justify="right" if head else "left")
-    names = dict(softmax="softmax", fitted="every layer fitted", final="as saved")
-    for k, title in names.items():
-        table.add_row(title, f"{p[k]:.2f}", "" if k == "softmax" else f"{p[k]/p['softmax'] - 1:+.1%}")
+    heads = "", "perplexity", "above softmax", "nats from softmax"
+    for head in heads: table.add_column(head, justify="right" if head else "left")
+    names = dict(softmax="softmax", fitted="every layer fitted", final="as saved", adapters="the same with softmax")
+    for k in [k for k in names if k in p]:
+        above, far = f"{p[k]/p['softmax'] - 1:+.1%}" if k != "softmax" else "", row["divergence"].get(k)
+        table.add_row(names[k], f"{p[k]:.2f}", above, "" if far is None else f"{far:.4f}")
     Console().print(table)
 
 def _settings(flags):
