@@ -263,11 +263,12 @@ def plot_depths(
 ) -> None:
     "One line for each depth, dark at the bottom"
     from matplotlib import colormaps
+    named = {*list(curves)[::-(-len(curves)//8)], *list(curves)[-1:]} if curves else ()      # a deep model has too many
     for i, points in curves.items():
         if not points: continue
         steps, values = zip(*points)
         colour = colormaps["viridis"](i/max(1, *curves))
-        ax.plot(steps, values, "o-", ms=2.5, lw=1.2, color=colour, label=name(i))
+        ax.plot(steps, values, "o-", ms=2.5, lw=1.2, color=colour, label=name(i) if i in named else None)
     ax.set(title=title, xlabel="step", ylabel=ylabel)
     if any(curves.values()): ax.legend(frameon=False, fontsize=7)     # a rule that trains no block has none
 

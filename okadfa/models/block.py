@@ -115,15 +115,18 @@ class Branch(nn.Module):
         body:nn.Module,      # [b n d] -> [b n d]
         d_model:int,         # width of the stream
         shift:bool=True,     # token shift in front of `body`
+        scale:float=1.,      # what comes out of `body` is multiplied by
     ):
         super().__init__()
-        self.norm, self.body, self.shift = nn.LayerNorm(d_model), body, shift
+        self.norm, self.body, self.shift, self.scale = nn.LayerNorm(d_model), body, shift, scale
 
     def reads(self, x:Tensor) -> Tensor:
         "What `body` sees of the stream [b n d]"
         return token_shift(self.norm(x)) if self.shift else self.norm(x)
 
-    def forward(self, x:Tensor) -> Tensor: return x + self.body(self.reads(x))
+    def _add(self, x:Tensor, y:Tensor) -> Tensor: return x + (y if self.scale == 1 else self.scale*y)
+
+    def forward(self, x:Tensor) -> Tensor: return self._add(x, self.body(self.reads(x)))
 
     def extend(self,
         x:Tensor,        # the stream at the next positions [b n d]
@@ -134,9 +137,9 @@ class Branch(nn.Module):
         y = self.norm(x)
         if self.shift:
             y, state["last"] = token_shift(y, state.get("last")), y.tensor_split(2, -1)[1][:, -1:]
-        if not hasattr(self.body, "make_state"): return x + self.body(y)
+        if not hasattr(self.body, "make_state"): return self._add(x, self.body(y))
         if "mixer" not in state: state["mixer"] = self.body.make_state()
-        return x + self.body.extend(y, state["mixer"], start)
+        return self._add(x, self.body.extend(y, state["mixer"], start))
 
 # %% ../../nbs/models/50_block.ipynb #c1c0a1e2
 class Block(nn.Module):
@@ -147,11 +150,12 @@ class Block(nn.Module):
         expand:int=4,            # hidden width of the MLP, in units of d_model
         shift:bool=True,         # token shift in front of both branches
         checkpoint:bool=False,   # keep only the block's input and recompute the inside in the backward pass
+        scale:float=1.,          # of both branches
     ):
         super().__init__()
-        self.attend = Branch(mixer, d_model, shift)
+        self.attend = Branch(mixer, d_model, shift, scale)
         mlp = nn.Sequential(nn.Linear(d_model, expand*d_model), nn.GELU(), nn.Linear(expand*d_model, d_model))
-        self.feed = Branch(mlp, d_model, shift)
+        self.feed = Branch(mlp, d_model, shift, scale)
         self.checkpoint = checkpoint
 
     @property
@@ -164,7 +168,6 @@ class Block(nn.Module):
         return [*(self.mixer.writers() if hasattr(self.mixer, "writers") else []), self.mlp[-1]]
 
     def _forward(self, x:Tensor) -> Tensor: return self.feed(self.attend(x))
-
     def forward(self,
         x:Tensor,       # the stream [b n d]
     ) -> Tensor:        # [b n d]

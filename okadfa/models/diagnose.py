@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gradient_groups', 'at_blocks', 'stream_norms', 'queries_and_keys', 'attention_similarities', 'note_errors',
-           'compare_errors', 'diagnose']
+           'compare_errors', 'needed', 'diagnose']
 
 # %% ../../nbs/models/53_diagnose.ipynb #c7ae5558
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from ..dfa.diagnostics import as_it_was, attention_similarity, compare_losses, orthogonality_violation
+from ..dfa.law import predicted_rounds
 from .lm import LanguageModel
 
 # %% ../../nbs/models/53_diagnose.ipynb #c438ad61
@@ -89,19 +90,28 @@ def compare_errors(
     return {f"block{l}": row(got[l], ref[l]) for l in sorted(got.keys() & ref.keys())}
 
 # %% ../../nbs/models/53_diagnose.ipynb #cf3ec2a1
+def needed(
+    errors:dict[int, Tensor],    # backpropagation's, by block
+    blocks:int,                  # of the model
+) -> dict[str, int]:             # kind of round -> how many
+    "Rounds to a mean cosine of 0.95 to these errors, by the law, see `rounds_needed`; empty if some are missing"
+    if len(errors) < blocks: return {}
+    true = [errors[l] for l in range(blocks)]
+    return dict(plain=predicted_rounds(true), diagonal=predicted_rounds(true, diagonal=True))
+
 def diagnose(
     model:LanguageModel,      # any rule, any mixer
     ids:Tensor,               # [b n]
     targets:Tensor,           # [b n]
 ) -> dict:
     """All diagnostics of a model on one batch: grad (by group), error (by block: norm, norm_ref and cosine of the error
-    that arrives at its output), stream (norm before the first block and after each), attn_sim (by layer), violation
-    (by head)"""
+    that arrives at its output), rounds (that this model would need now, plain and with a fitted diagonal), stream
+    (norm before the first block and after each), attn_sim (by layer), violation (by head)"""
     got, ref = {}, {}
     with as_it_was(model):
         with at_blocks(model, note_errors(got)): loss = model.loss(ids, targets)
         with at_blocks(model, note_errors(ref)): reference = model.loss(ids, targets, credit="bp")
         grad = compare_losses(loss, reference, gradient_groups(model))       # runs both backward passes
-        return dict(grad=grad, error=compare_errors(got, ref), stream=stream_norms(model, ids),
-                    attn_sim=attention_similarities(model, ids),
+        return dict(grad=grad, error=compare_errors(got, ref), rounds=needed(ref, len(model.blocks)),
+                    stream=stream_norms(model, ids), attn_sim=attention_similarities(model, ids),
                     violation=orthogonality_violation(model.attention_layers()))

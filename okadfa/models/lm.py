@@ -62,11 +62,11 @@ class LMConfig:
     gating:str = option("double", "gates", choices=GATINGS, group=SPECTRAL)
     expand:int = option(4, "MLP width in units of d_model", group=BLOCK)
     token_shift:bool = option(True, "let every branch read half of its channels one position back", group=BLOCK)
+    branch_scale:float = option(1., "what branches add to the stream is multiplied by", group=BLOCK)
     checkpoint:bool = option(False, "recompute the inside of blocks in the backward pass", group=BLOCK)
     seed:int = option(0, "of weights, random features, feedback, and the order of the text when training", group=METHOD)
 
     def __post_init__(self): check_config(self)
-
     def mixer_of(self, l:int) -> str:
         "Mixer of block l"
         return (names := self.mixer.split("+"))[l % len(names)]
@@ -85,7 +85,9 @@ def _check_sizes(c) -> None:
     if c.d_model//c.n_heads % 2:
         raise InputError(f"d_model / n_heads must be even for rotary positions, got {c.d_model//c.n_heads}")
     if c.m is not None and c.m < 1: raise InputError(f"m must be at least 1, got {c.m}")
-    if c.embed_std <= 0: raise InputError(f"embed_std must be above 0, got {c.embed_std}")
+    for name in ("embed_std", "branch_scale"):
+        x = getattr(c, name)
+        if not 0 < x < math.inf: raise InputError(f"{name} must be above 0, got {x}")
 
 def _check_mixers(c) -> None:
     names = c.mixer.split("+")
@@ -165,7 +167,8 @@ class Trunk(nn.Module):
         self.config, c = config, config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         mixers = [MIXERS.find(c.mixer_of(l)).make(c, l) for l in range(c.n_layers)]
-        self.blocks = nn.ModuleList([Block(m, c.d_model, c.expand, c.token_shift, c.checkpoint) for m in mixers])
+        form = c.d_model, c.expand, c.token_shift, c.checkpoint, c.branch_scale
+        self.blocks = nn.ModuleList([Block(m, *form) for m in mixers])
         self.norm = nn.LayerNorm(c.d_model)
 
     def enter(self, ids:Tensor, start:int=0) -> Tensor:

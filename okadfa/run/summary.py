@@ -88,6 +88,8 @@ def _alignment(
         excluded=sum(c is None for pairs in cosines.values() for _, c in pairs),
         error=mean("grad/all/error"), error_by_block=[mean(f"grad/block{l}/error") for l in range(n)],
         error_curve=[[step, r["grad/all/error"]] for step, r in compared_at.items() if "grad/all/error" in r],
+        rounds_needed=[[step, r["rounds/plain"], r["rounds/diagonal"]]
+                       for step, r in compared_at.items() if "rounds/plain" in r],
         stream=at_the_end("stream/", n + 1), error_norm=at_the_end("error/block", n))
 
 # %% ../../nbs/run/72_summary.ipynb #c0348d9c

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BP', 'FROZEN', 'IDENTITY', 'SPECTRAL', 'ARMS', 'SITES', 'EMBEDDINGS', 'NORMS', 'GRANULARITIES', 'DEPTHS', 'DIAGONAL',
-           'WIDTHS', 'PENALTIES', 'SINKS', 'ALONE', 'WINDOW', 'CONTROLS', 'SWEEPS', 'DEFAULTS', 'QUICK', 'LATER',
-           'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds', 'carried_rounds', 'held', 'estimators', 'mixers',
-           'enhancements', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run', 'configs', 'at_size',
-           'make_run']
+           'SHRUNK', 'WIDTHS', 'PENALTIES', 'SINKS', 'ALONE', 'WINDOW', 'CONTROLS', 'SWEEPS', 'DEFAULTS', 'QUICK',
+           'LATER', 'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds', 'carried_rounds', 'held', 'estimators',
+           'mixers', 'enhancements', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run', 'configs',
+           'at_size', 'make_run']
 
 # %% ../../nbs/run/71_sweeps.ipynb #c072c92b
 import dataclasses, hashlib, importlib, json, pkgutil
@@ -109,16 +109,21 @@ DEPTHS = {f"{name}-{n}": rule.but(f"{rule.title}, {n} blocks", n_layers=n)
           for n in (2, 4, 8) for name, rule in dict(bp=BP, identity=IDENTITY, frozen=FROZEN).items()}
 
 DIAGONAL = dict(diagonal="mlp", secants=8)
+SHRUNK = "sqrt(6 / blocks)"
+def _shrunk(size): return (6/size["n_layers"])**.5
 
 def carried_rounds() -> dict[str, Rule]:
     "Plain rounds, and rounds that carry more, between backpropagation and frozen blocks"
     rules = credit_rules()
-    found = {name: rules[name] for name in ("bp", "frozen", "identity", "identity+half", "identity+1", "identity+2")}
+    names = "bp", "frozen", "local", "identity", "identity+half", "identity+1", "identity+2"
+    found = {name: rules[name] for name in names}
     for r in (1, 2):
         rule = rules[f"identity+{r}"]
         found[f"diagonal+{r}"] = rule.but(f"{rule.title}, MLPs' diagonal and secants", **DIAGONAL)
         found[f"units+{r}"] = rule.but(f"{rule.title}, 32 units of each MLP too", units=32, **DIAGONAL)
-    return found
+    shrunk = {f"{name} shrunk": rule.but(f"{rule.title}, branches by {SHRUNK}", branch_scale=_shrunk)
+              for name, rule in found.items() if name not in ("frozen", "local")}
+    return found | shrunk
 
 # %% ../../nbs/run/71_sweeps.ipynb #c17a9dbd
 WIDTHS = {f"m={m}": ARMS["A5"].but(f"{m} features", m=m) for m in (32, 64, 128, 256)}
@@ -234,7 +239,7 @@ QUICK = DEFAULTS | dict(n_layers=4, steps=150, warmup=50, diag_every=50, precisi
 
 # %% ../../nbs/run/71_sweeps.ipynb #ce64f979
 # fields that came after runs were finished: at these values nothing has changed
-LATER = dict(window=0, sinks=0, diagonal="none", units=0, secants=0)
+LATER = dict(window=0, sinks=0, diagonal="none", units=0, secants=0, branch_scale=1.)
 
 def run_key(
     model:dict,       # every field of `LMConfig`
