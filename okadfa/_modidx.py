@@ -2027,6 +2027,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'okadfa.run.sweeps._window': ('run/sweeps.html#_window', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.at_size': ('run/sweeps.html#at_size', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.carried_rounds': ('run/sweeps.html#carried_rounds', 'okadfa/run/sweeps.py'),
+                                   'okadfa.run.sweeps.changed_rules': ('run/sweeps.html#changed_rules', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.compared': ('run/sweeps.html#compared', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.configs': ('run/sweeps.html#configs', 'okadfa/run/sweeps.py'),
                                    'okadfa.run.sweeps.credit_rules': ('run/sweeps.html#credit_rules', 'okadfa/run/sweeps.py'),

@@ -6,8 +6,8 @@
 __all__ = ['BP', 'FROZEN', 'IDENTITY', 'SPECTRAL', 'ARMS', 'SITES', 'EMBEDDINGS', 'NORMS', 'GRANULARITIES', 'DEPTHS', 'DIAGONAL',
            'SHRUNK', 'WIDTHS', 'PENALTIES', 'SINKS', 'ALONE', 'WINDOW', 'CONTROLS', 'SWEEPS', 'DEFAULTS', 'QUICK',
            'LATER', 'Rule', 'load_rivals', 'credit_rules', 'feedback_kinds', 'carried_rounds', 'held', 'estimators',
-           'mixers', 'enhancements', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run', 'configs',
-           'at_size', 'make_run']
+           'mixers', 'enhancements', 'changed_rules', 'Sweep', 'rules_of', 'compared', 'titles_of', 'run_key', 'Run',
+           'configs', 'at_size', 'make_run']
 
 # %% ../../nbs/run/71_sweeps.ipynb #c072c92b
 import dataclasses, hashlib, importlib, json, pkgutil
@@ -191,6 +191,13 @@ def enhancements() -> dict[str, Rule]:
         "softmax": BP.but("softmax")}
 
 # %% ../../nbs/run/71_sweeps.ipynb #c72cebc7
+def changed_rules() -> dict[str, Rule]:
+    "Half of the steps by backpropagation, the other half by a rule"
+    def half(size): return size["steps"]//2
+    deep = {name: rule for name, rule in carried_rounds().items() if name in ("identity", "identity+1", "diagonal+1")}
+    return {"bp": BP} | {f"bp, {name}": rule.but(f"BP, then {rule.title}", bp_first=half) for name, rule in deep.items()
+        } | {f"{name}, bp": rule.but(f"{rule.title}, then BP", bp_last=half) for name, rule in deep.items()}
+
 class Sweep(NamedTuple):
     "A comparison"
     question:str      # that it answers
@@ -210,7 +217,8 @@ SWEEPS = Table("sweep",
     mixers=Sweep("what should mix positions?", mixers),
     enhancements=Sweep("what does each enhancement of a spectral layer bring?", enhancements),
     depth=Sweep("what becomes of a rule with more blocks?", lambda: DEPTHS),
-    rounds=Sweep("what should rounds carry in a deep model?", carried_rounds))
+    rounds=Sweep("what should rounds carry in a deep model?", carried_rounds),
+    change=Sweep("does a model that grew up under one rule go on under another?", changed_rules))
 
 # %% ../../nbs/run/71_sweeps.ipynb #c8856945
 def rules_of(
@@ -239,7 +247,8 @@ QUICK = DEFAULTS | dict(n_layers=4, steps=150, warmup=50, diag_every=50, precisi
 
 # %% ../../nbs/run/71_sweeps.ipynb #ce64f979
 # fields that came after runs were finished: at these values nothing has changed
-LATER = dict(window=0, sinks=0, diagonal="none", units=0, secants=0, branch_scale=1.)
+LATER = dict(window=0, sinks=0, diagonal="none", units=0, secants=0, branch_scale=1.,
+             bp_first=0, bp_last=0)
 
 def run_key(
     model:dict,       # every field of `LMConfig`
@@ -247,7 +256,7 @@ def run_key(
     data:dict,        # hashes of the text and of the tokenizer
 ) -> str:             # 16 hexadecimal digits
     "What makes a run this run; 1 and 1.0 are the same number"
-    model = {k: v for k, v in model.items() if k not in LATER or v != LATER[k]}
+    model, training = ({k: v for k, v in d.items() if k not in LATER or v != LATER[k]} for d in (model, training))
     plain = [{k: float(v) if type(v) is int else v for k, v in d.items()} for d in (model, training, data)]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -295,7 +304,7 @@ def make_run(
 ) -> Run:
     "A rule at a size. Raises `InputError` for configs that cannot be"
     title, fields = rules_of(sweep)[rule]
-    values = at_size(size | fields | changes, size)
+    values = at_size(size | fields | changes, size | changes)
     values.setdefault("ortho_warmup", min(1000, values["steps"]//2))
     if values.get("m") == 4*values["d_model"]//values["n_heads"]: values["m"] = None
     if tune: data = {k: x for k, x in data.items() if k != "test_sha256"}

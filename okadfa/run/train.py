@@ -58,16 +58,21 @@ class TrainConfig:
                             group="measuring")
     eval_every:int = option(0, "steps between evaluations of the whole validation split; 0: at the end only",
                             group="measuring")
+    bp_first:int = option(0, "first steps that are made by backpropagation, whatever the rule", group="length")
+    bp_last:int = option(0, "last steps that are", group="length")
     seed:int = option(0, "order of the training windows", group="length")
 
     def __post_init__(self):
         check_choices(self)
         _check_least(self, 1, "steps", "batch_size", "grad_accum", "diag_every")
-        _check_least(self, 0, "warmup", "weight_decay", "ortho", "ortho_warmup", "redraw_every", "eval_every")
+        _check_least(self, 0, "warmup", "weight_decay", "ortho", "ortho_warmup", "redraw_every", "eval_every",
+                     "bp_first", "bp_last")
         if self.seq_len is not None: _check_least(self, 1, "seq_len")
         for name in ("lr", "clip"):
             got = getattr(self, name)
             if not 0 < got < math.inf: raise InputError(f"{name} must be a positive number, got {got}")
+        if self.bp_first + self.bp_last > self.steps:
+            raise InputError(f"bp_first and bp_last are more than {self.steps} steps: {self.bp_first} + {self.bp_last}")
         if not 0 <= self.beta2 < 1: raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
 
 # %% ../../nbs/run/61_train.ipynb #c0000008
@@ -211,10 +216,11 @@ def train_step(
     c, accelerator, total = run.config, run.accelerator, 0.
     if c.redraw_every and step and step % c.redraw_every == 0: redraw_features(run.layers)
     rate = set_learning_rate(run.optimizer, step, c)
+    rule = "bp" if step < c.bp_first or step >= c.steps - c.bp_last else None
     for _ in range(c.grad_accum):
         ids, targets = next(batches)
         with accelerator.accumulate(run.model):
-            loss = run.model(ids, targets=targets)
+            loss = run.model(ids, targets=targets, credit=rule)
             penalty, violation = run.penalty(run.layers, step)
             accelerator.backward(loss + penalty)
             total += loss.item()/c.grad_accum
