@@ -109,6 +109,7 @@ def claim_folder(
     out:Path,       # folder of the run
     facts:dict,     # what makes two runs the same run: section -> name -> plain value
     resume:bool,    # whether to go on with the run that is there
+    default:dict|None=None, # what facts were before they had a name, for runs of earlier versions
 ) -> None:
     "See that the output folder is new, or that it holds this very run. Raises `InputError`, and writes nothing"
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file, not a folder: choose another --out")
@@ -118,7 +119,7 @@ def claim_folder(
     if not (out/"run.json").is_file(): raise InputError(f"{out} exists and is not a run's folder: choose another --out")
     if not resume:
         raise InputError(f"{out} holds another run: choose another --out, or continue that one with --resume")
-    try: different = _different(facts, json.loads((out/"run.json").read_text())["facts"])
+    try: different = _different(facts, default or {}, json.loads((out/"run.json").read_text())["facts"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{out/'run.json'} is damaged: choose another --out") from None
     if different:
@@ -126,10 +127,11 @@ def claim_folder(
     if last_checkpoint(out) is None:
         raise InputError(f"{out} was stopped before its first checkpoint: delete it and start again")
 
-def _different(ours:dict, theirs:dict) -> list[str]:
+def _different(ours:dict, default:dict, theirs:dict) -> list[str]:
     "Names of the facts that differ"
-    names = {(section, k) for section in ours for k in ours[section].keys() | theirs.get(section, {}).keys()}
-    return sorted(k for section, k in names if ours[section].get(k) != theirs.get(section, {}).get(k))
+    theirs = {section: default.get(section, {}) | theirs.get(section, {}) for section in ours}
+    names = {(section, k) for section in ours for k in ours[section].keys() | theirs[section].keys()}
+    return sorted(k for section, k in names if ours[section].get(k) != theirs[section].get(k))
 
 # %% ../../nbs/run/59_records.ipynb #ccf2921a
 def read_numbers(

@@ -376,7 +376,9 @@ def train(
     metric is NaN or Inf; the last good checkpoint is kept."""
     refuse_empty(out=out)
     out, facts = Path(out), check_inputs(model_config, config, corpus, wandb)
-    claim_folder(out, facts, resume)
+    defaults = {name: {f.name: f.default for f in dataclasses.fields(cls)}
+                for name, cls in dict(model=LMConfig, train=TrainConfig).items()}
+    claim_folder(out, facts, resume, defaults)
     run = prepare_run(model_config, config, corpus, out, source, wandb)
     step = resume_run(run) if resume else start_run(run, facts)
     run.accelerator.wait_for_everyone()
