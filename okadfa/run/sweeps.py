@@ -115,14 +115,14 @@ def _shrunk(size): return (6/size["n_layers"])**.5
 def carried_rounds() -> dict[str, Rule]:
     "Plain rounds, and rounds that carry more, between backpropagation and frozen blocks"
     rules = credit_rules()
-    names = "bp", "frozen", "local", "identity", "identity+half", "identity+1", "identity+2"
-    found = {name: rules[name] for name in names}
+    local = [name for name in rules if name.startswith("local")]
+    found = {name: rules[name] for name in ("bp", "frozen", *local, "identity", "identity+half")}
     for r in (1, 2):
-        rule = rules[f"identity+{r}"]
+        rule = found[f"identity+{r}"] = rules[f"identity+{r}"]
         found[f"diagonal+{r}"] = rule.but(f"{rule.title}, MLPs' diagonal and secants", **DIAGONAL)
         found[f"units+{r}"] = rule.but(f"{rule.title}, 32 units of each MLP too", units=32, **DIAGONAL)
     shrunk = {f"{name} shrunk": rule.but(f"{rule.title}, branches by {SHRUNK}", branch_scale=_shrunk)
-              for name, rule in found.items() if name not in ("frozen", "local")}
+              for name, rule in found.items() if name not in ("frozen", *local)}
     return found | shrunk
 
 # %% ../../nbs/run/71_sweeps.ipynb #c17a9dbd
