@@ -31,16 +31,16 @@ class Span(NamedTuple):
 # %% ../../nbs/dfa/24_schedule.ipynb #c29512a9
 def simulate(
     tasks:list[Task],     # each device works through its own in the order in which they stand here
-    link=0.,              # time for a result to reach another device: a number, or a function of (its key, stage that reads)
+    link=0.,              # time for a result to reach another device, or a function of (its key, stage that reads)
     device=None,          # stage -> device that runs it; default: each stage has its own
 ) -> list[Span]:          # in the order in which they start
     "When every task runs. Raises InputError for tasks that wait for one another in a circle"
-    place = device or (lambda stage: stage)
+    place = {t.stage: device(t.stage) if device else t.stage for t in tasks}
     def sent(source, stage):
-        if place(source[1]) == place(stage): return 0.
+        if place[source[1]] == place[stage]: return 0.
         return link(source, stage) if callable(link) else link
-    queues = {d: deque() for d in sorted({place(t.stage) for t in tasks})}
-    for t in tasks: queues[place(t.stage)].append(t)
+    queues = {d: deque() for d in sorted(set(place.values()))}
+    for t in tasks: queues[place[t.stage]].append(t)
     free, finished, waiting, spans, awake = dict.fromkeys(queues, 0.), {}, {}, [], list(queues)
     while awake:
         d = awake.pop()

@@ -144,10 +144,11 @@ def greedy(
     device:Callable,       # stage -> device that runs it
 ) -> list[Span]:           # in the order in which they start
     "When every task runs, if a free device always takes the most urgent task that is ready"
-    devices = {device(t.stage): _Device() for t in tasks}
+    place = {t.stage: device(t.stage) for t in tasks}
+    devices = {d: _Device() for d in place.values()}
     readers, missing, there, spans, events = {}, {}, {}, [], []
     def comes(t, when):
-        d = device(t.stage)
+        d = place[t.stage]
         heapq.heappush(devices[d].coming, (when, _rank(t), t)); heapq.heappush(events, (when, d))
     for t in tasks:
         missing[t[:3]], there[t[:3]] = len(t.after), 0.
@@ -161,7 +162,7 @@ def greedy(
         heapq.heappush(events, (end, d))
         for t in readers.get(task[:3], ()):
             key = t[:3]; missing[key] -= 1
-            there[key] = max(there[key], end + (link(task[:3], t.stage) if device(t.stage) != d else 0.))
+            there[key] = max(there[key], end + (link(task[:3], t.stage) if place[t.stage] != d else 0.))
             if not missing[key]: comes(t, there[key])
     if len(spans) < len(tasks): raise InputError("these tasks wait for one another, or for memory")
     return sorted(spans, key=lambda s: (s.start, s.stage))
@@ -172,15 +173,15 @@ def hops(
     stages:int,            # S
 ) -> int:                  # messages one after another
     "How many messages a result needs to reach those who wait for it on other devices"
-    everyone = source[0] == "head" or source[0].startswith("round")
-    return math.ceil(math.log2(stages)) if everyone else 1
+    to_all = source[0] == "head" or source[0].startswith("round")
+    return (stages - 1).bit_length() if to_all else 1          # the logarithm, rounded up
 
 def direct_tasks(
     p:Pipeline,
     chunks:int=1,          # pieces a device
 ) -> list[Task]:           # in the order in which a device works through them
     "A step of direct feedback. Raises InputError for rounds that are neither whole nor half of one"
-    if p.rounds not in (0, .5) and p.rounds != int(p.rounds): raise InputError(f"rounds must be whole or .5, got {p.rounds}")
+    if p.rounds != .5 and p.rounds % 1: raise InputError(f"rounds must be whole or .5, got {p.rounds}")
     F, B, W = (p.each(x, chunks) for x in (p.forward, p.input, p.weight))
     backward = [b + w for b, w in zip(B, W)]
     tasks = pipeline_tasks(p.stages*chunks, p.microbatches, "dfa", forward=F, backward=backward, head=p.head,
@@ -227,7 +228,8 @@ def _patterned(p:Pipeline, order:Callable, chunks:int=1, split:bool=True) -> Run
 
 def _sender(p:Pipeline) -> Callable:
     "Time for a result to reach another device"
-    return lambda source, stage: p.message*hops(source, p.stages)
+    message = p.message
+    return lambda source, stage: message*hops(source, p.stages)
 
 def _simulated(p:Pipeline, tasks:list[Task], chunks:int) -> Run:
     device = v_shape(p.stages) if chunks == 2 else None
@@ -254,7 +256,7 @@ def _zbv(p):
     runs = [_patterned(p, order_zbv, chunks=2), _greedily(p, list(exact_tasks(p, 2).values()), 2, most=p.stages)]
     return [r for r in runs if max(r.peak) <= p.stages]
 
-def _zbm(p): return [r for n in (1, 2) for r in [_greedily(p, list(exact_tasks(p, n).values()), n)]] + _zbh1(p) + _zbv(p)
+def _zbm(p): return [_greedily(p, list(exact_tasks(p, chunks).values()), chunks) for chunks in (1, 2)]
 
 def _dfa(p):
     runs = [_simulated(p, direct_tasks(p), 1)]
