@@ -42,7 +42,7 @@ UNLOCKED = [name for name, c in CONTENDERS.items() if c.schedule == "dfa"]
 
 # %% ../../nbs/dfa/07_regions.ipynb #c72cd654
 def data_time(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     weights:float=0.,    # bytes of all gradients
 ) -> float:              # in the unit of the pipeline's times
     "Time of a step of data parallelism on as many devices; nothing is sent before the backward pass has ended"
@@ -50,7 +50,7 @@ def data_time(
     return math.ceil(p.microbatches/p.stages)*whole + 2*(p.stages - 1)*p.link.time(weights/p.stages)
 
 def contender_time(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     name:str,            # a key of CONTENDERS
     weights:float=0.,    # bytes of all gradients, for data parallelism
 ) -> float:              # in the unit of the pipeline's times
@@ -99,8 +99,8 @@ def ratio_over_seeds(
 # %% ../../nbs/dfa/07_regions.ipynb #cae47ab3
 def region_costs(
     ratios:dict[str, float],     # rule -> steps to the same loss, in steps of backpropagation; others do not take part
-    stages=(2, 4, 8, 16, 32, 64),
-    microbatches=(1, 2, 4, 8, 16, 32, 64),
+    stages=(2, 4, 8, 16, 32, 64),            # S, numbers of devices
+    microbatches=(1, 2, 4, 8, 16, 32, 64),   # M
     latencies=(0., 1., 5.),      # in the unit of the times
     **costs,                     # other fields of `Pipeline`
 ) -> dict[tuple, dict[str, float]]:    # (latency, S, M) -> contender -> time to the loss, in steps of BP

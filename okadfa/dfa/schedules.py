@@ -58,7 +58,7 @@ def v_shape(
     return lambda piece: min(piece, 2*stages - 1 - piece)
 
 def exact_tasks(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     chunks:int=1,        # pieces a device
     split:bool=True,     # gradients of inputs and of weights as tasks of their own
 ) -> dict[tuple, Task]:  # (kind, piece, microbatch) -> task
@@ -75,7 +75,7 @@ def exact_tasks(
 
 # %% ../../nbs/dfa/06_schedules.ipynb #cdd13da7
 def order_1f1b(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     s:int,               # device, counted from 0
 ) -> list[tuple]:        # (kind, piece, microbatch)
     "One backward, one forward"
@@ -85,7 +85,7 @@ def order_1f1b(
 
 # %% ../../nbs/dfa/06_schedules.ipynb #c3053014
 def order_zbh1(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     s:int,               # device, counted from 0
 ) -> list[tuple]:        # (kind, piece, microbatch)
     "1F1B, with the gradient of weights `s` turns late"
@@ -96,7 +96,7 @@ def order_zbh1(
 
 # %% ../../nbs/dfa/06_schedules.ipynb #ca5545b8
 def order_zbv(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     s:int,               # device, counted from 0
 ) -> list[tuple]:        # (kind, piece, microbatch)
     "The pattern for F = B = W. It needs 2 S - 1 microbatches; where there are fewer, those beyond are left out"
@@ -177,7 +177,7 @@ def hops(
     return (stages - 1).bit_length() if to_all else 1          # the logarithm, rounded up
 
 def direct_tasks(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     chunks:int=1,          # pieces a device
 ) -> list[Task]:           # in the order in which a device works through them
     "A step of direct feedback. Raises InputError for rounds that are neither whole nor half of one"
@@ -275,7 +275,7 @@ SCHEDULES = {
     "zb-m": Schedule("zero bubble, memory M", True, _zbm), "dfa": Schedule("direct feedback", False, _dfa)}
 
 def run(
-    p:Pipeline,
+    p:Pipeline,          # sizes, times, link
     name:str="1f1b",     # a key of SCHEDULES
 ) -> Run:
     "A step under a schedule. Raises InputError for an unknown name and for sizes that cannot be"
