@@ -143,13 +143,28 @@ def test_a_peak_too_small_to_be_seen_has_no_ratio():
 def test_pipeline(tmp_path, capsys, forked_workers):
     small = PipelineSettings(microbatches=(2,), n_layers=3, d=16, n=9, b=4, vocab=20, repeats=2, timeout=200)
     rows = run_benchmark("pipeline", small, tmp_path)
-    assert [r["variant"] for r in rows] == ["bp", "torch GPipe", "dfa"]
-    assert all(r["ok"] and r["sizes"] == [2, 1] for r in rows)
-    assert (tmp_path/"pipeline.jsonl").read_text().count("\n") == 3
-    bp, rival, dfa = rows
-    faster = min((bp, rival), key=lambda r: r["seconds"]["median"])
+    assert [r["variant"] for r in rows] == ["bp", "torch GPipe", "torch 1F1B", "dfa"]    # too few blocks for pieces
+    assert all(r["ok"] and r["sizes"] == [2, 1] and r["pieces"] == [] for r in rows)
+    assert (tmp_path/"pipeline.jsonl").read_text().count("\n") == 4
+    bp, *rivals, dfa = rows
+    faster = min((bp, *rivals), key=lambda r: r["seconds"]["median"])
     assert dfa["baseline"] == faster["variant"] and dfa["predicted"] < bp["predicted"]
     pipeline.show_pipeline(rows); assert "torch GPipe" in capsys.readouterr().out
+
+def test_pipeline_with_split_backward_passes(forked_workers):
+    "PyTorch's zero-bubble schedules give the whole model's gradients, and are predicted piece by piece"
+    small = PipelineSettings(microbatches=(1, 3), n_layers=5, d=16, n=9, b=3, vocab=20, repeats=1, timeout=200)
+    rows = run_benchmark("pipeline", small)
+    names = "bp", "torch GPipe", "torch 1F1B", "torch ZB looped", "torch ZB-V", "dfa"
+    few = [n for n in names if n != "torch 1F1B"]                # it wants as many microbatches as processes
+    assert [(r["microbatches"], r["variant"]) for r in rows] == [(1, n) for n in few] + [(3, n) for n in names]
+    assert all(r["ok"] and r["error"] < 1e-4 and r["pieces"] == [2, 1, 1, 1] for r in rows)
+    for r in rows:
+        split = r["variant"].startswith("torch ZB")
+        assert ("weight" in r["units"]) == split and len(r["units"]["forward"]) == 2 + 2*split
+        assert r["model_error"] == r["predicted"]/r["seconds"]["median"] - 1
+        work = [x for k in ("forward", "head", "backward", "input", "weight") for x in r["units"].get(k, [])]
+        assert r["predicted"] >= r["microbatches"]*sum(work)/2*(1 - 1e-9)      # two processes at most share it
 
 SPECTRAL = dict(d=32, heads=2, repeats=2, threads=1, device="cpu", variants=("sdpa", "spectral"))
 

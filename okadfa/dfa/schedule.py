@@ -7,6 +7,7 @@ __all__ = ['RULES', 'Task', 'Span', 'simulate', 'StageTimes', 'forward_tasks', '
            'pipeline_tasks', 'step_time', 'blocks_per_stage']
 
 # %% ../../nbs/dfa/24_schedule.ipynb #cf476bfa
+from collections import deque
 from typing import NamedTuple
 from ..core import InputError
 
@@ -29,23 +30,31 @@ class Span(NamedTuple):
 
 # %% ../../nbs/dfa/24_schedule.ipynb #c29512a9
 def simulate(
-    tasks:list[Task],    # each stage works through its own in the order in which they stand here
-    link:float=0.,       # time for a result to reach another stage
-) -> list[Span]:         # in the order in which they start
+    tasks:list[Task],     # each device works through its own in the order in which they stand here
+    link=0.,              # time for a result to reach another device, or a function of (its key, stage that reads)
+    device=None,          # stage -> device that runs it; default: each stage has its own
+) -> list[Span]:          # in the order in which they start
     "When every task runs. Raises InputError for tasks that wait for one another in a circle"
-    waiting = {s: [t for t in tasks if t.stage == s] for s in sorted({t.stage for t in tasks})}
-    free, finished, spans = dict.fromkeys(waiting, 0.), {}, []
-    def arrives(source, stage): return finished[source] + link*(source[1] != stage)
-    while any(waiting.values()):
-        ready = [queue[0] for queue in waiting.values() if queue and all(a in finished for a in queue[0].after)]
-        if not ready:
-            stuck = [f"{queue[0].kind} of stage {s}" for s, queue in waiting.items() if queue]
-            raise InputError(f"these tasks wait for one another: {', '.join(stuck)}")
-        for task in ready:
-            start = max([free[task.stage], *(arrives(a, task.stage) for a in task.after)])
-            free[task.stage] = finished[task[:3]] = start + task.time
+    place = {t.stage: device(t.stage) if device else t.stage for t in tasks}
+    def sent(source, stage):
+        if place[source[1]] == place[stage]: return 0.
+        return link(source, stage) if callable(link) else link
+    queues = {d: deque() for d in sorted(set(place.values()))}
+    for t in tasks: queues[place[t.stage]].append(t)
+    free, finished, waiting, spans, awake = dict.fromkeys(queues, 0.), {}, {}, [], list(queues)
+    while awake:
+        d = awake.pop()
+        while queues[d]:
+            task = queues[d][0]
+            missing = next((a for a in task.after if a not in finished), None)
+            if missing is not None: waiting.setdefault(missing, []).append(d); break
+            start = max([free[d], *(finished[a] + sent(a, task.stage) for a in task.after)])
+            free[d] = finished[task[:3]] = start + task.time
             spans.append(Span(*task[:3], start, start + task.time))
-            waiting[task.stage].pop(0)
+            queues[d].popleft()
+            awake += waiting.pop(task[:3], [])       # devices that stood still for this result
+    if stuck := [f"{q[0].kind} of stage {q[0].stage}" for q in queues.values() if q]:
+        raise InputError(f"these tasks wait for one another: {', '.join(stuck)}")
     return sorted(spans, key=lambda s: (s.start, s.stage))
 
 # %% ../../nbs/dfa/24_schedule.ipynb #c415e549
@@ -151,15 +160,17 @@ def draw_timeline(
     ax,                    # matplotlib axes
     spans:list[Span],      # predicted or measured
     unit:float=1.,         # seconds (or whatever) of one unit on the x axis
+    device=None,           # stage -> device that runs it; default: each stage has its own
 ) -> None:
     "One row a device; the number in a box is the microbatch, grey is idle"
-    end, last = max(s.end for s in spans)/unit, max(s.stage for s in spans)
+    place = device or (lambda stage: stage)
+    end, last = max(s.end for s in spans)/unit, max(place(s.stage) for s in spans)
     for s in range(last + 1): ax.barh(s, end, color=COLOURS["idle"], height=.8)
     for s in spans:
         width, colour = (s.end - s.start)/unit, COLOURS[s.kind.split()[0]]
-        ax.barh(s.stage, width, left=s.start/unit, height=.8, color=colour, edgecolor="white", lw=.7)
+        ax.barh(place(s.stage), width, left=s.start/unit, height=.8, color=colour, edgecolor="white", lw=.7)
         if width <= end/60: continue                # no room for a number
-        ax.text((s.start + s.end)/2/unit, s.stage, s.microbatch + 1, ha="center", va="center", fontsize=7)
+        ax.text((s.start + s.end)/2/unit, place(s.stage), s.microbatch + 1, ha="center", va="center", fontsize=7)
     ax.set(yticks=range(last + 1), ylabel="stage")
     ax.set_yticklabels(range(1, last + 2))
     for side in ("top", "right", "left"): ax.spines[side].set_visible(False)
