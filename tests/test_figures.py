@@ -77,6 +77,11 @@ def test_rows_say_where_they_come_from(name):
     for r in rows: assert r["provenance"]["commit"] and r["provenance"]["torch"] and r["provenance"]["device"]
     if name in ("demo", "wikitext"): assert len({r["model"]["seed"] for r in rows}) >= 3
 
+def test_the_simulator_is_within_a_tenth_of_every_schedule_measured():
+    newest = {(r["microbatches"], r["variant"]): r for r in read_rows(ROOT/"results"/"pipeline.jsonl") if r["ok"]}
+    assert {name for _, name in newest} == {"bp", "torch GPipe", "torch 1F1B", "torch ZB looped", "torch ZB-V", "dfa"}
+    assert len(newest) == 17 and all(abs(r["model_error"]) < 0.1 for r in newest.values())
+
 def test_the_task_of_the_estimators_needs_distance():
     "Softmax with the whole page is ahead of every control without features, seed by seed"
     rows = read_runs(ROOT/"results")
