@@ -82,10 +82,14 @@ ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows app
 	$(BIN)/okadfa ablate rules --lrs $(LRS)
 	$(BIN)/okadfa ablate arms
 
-# Many hours on two cores, to be stopped and started as `make ablate`. Another depth: make depth DEPTH='--n-layers 48 ...'
-DEPTH     ?= --n-layers 24 --d-model 64 --n-heads 2 --seq-len 128 --batch-size 4 --diag-every 200 --lr 3e-3
-depth: $(READY)   ## what rounds carry, beside backpropagation and frozen blocks, in a deep model; rows in results/depth/
-	$(BIN)/okadfa ablate rounds $(DEPTH) --results results/depth --runs runs/depth
+# Some hours on two cores, to be stopped and started as `make ablate`
+DEEP      ?= --d-model 64 --n-heads 2 --seq-len 128 --batch-size 4 --results results/depth --runs runs/depth
+SHORT     ?= --steps 500 --diag-every 100 --lr 3e-3 --seeds 0
+depth: $(READY)   ## direct feedback in 24 to 96 blocks, beside backpropagation and frozen blocks; rows in results/depth/
+	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only diagonal+1 --lrs 1.5e-3,3e-3,6e-3 --tune-steps 300
+	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only identity+1 --only frozen --lr 6e-3 --seeds 0
+	for L in 48 96; do $(BIN)/okadfa ablate rounds $(DEEP) $(SHORT) --n-layers $$L --only bp --only identity+2 --only identity+half || exit 1; done
+	$(BIN)/okadfa ablate change $(DEEP) --n-layers 24 --diag-every 200 --lr 6e-3 --seeds 0
 
 # A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
 PYTHON ?= $(BIN)/python
