@@ -46,10 +46,14 @@ def test_readme_says_at_which_end_of_the_range_a_rate_was():
 
 @pytest.mark.parametrize("marker,notebook", [
     ("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb"),
-    ("mixers", "fig_spectral.ipynb"), ("probe", "fig_probe.ipynb"), ("credit", "fig_probe.ipynb")])
+    ("depth", "fig_depth.ipynb"), ("mixers", "fig_spectral.ipynb"), ("probe", "fig_probe.ipynb"), ("credit", "fig_probe.ipynb")])
 def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
+
+def test_readme_shows_where_unlocking_pays():
+    shown = between("regions")
+    assert "1.89x at most" in shown and shown in printed("fig_regions.ipynb")
 
 def test_readme_shows_what_the_byte_model_reached():
     shown = between("bytes")
