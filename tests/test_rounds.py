@@ -6,7 +6,7 @@ from okadfa.core import InputError, assert_rel
 from okadfa.dfa.diagnostics import compare_gradients
 from okadfa.dfa.feedback import FeedbackMatrices
 from okadfa.dfa.hook import DFAHook
-from okadfa.dfa.law import cut_apart, gains, measured_cosines, predicted_cosines, rounds_needed
+from okadfa.dfa.law import cut_apart, gains, measured_cosines, predicted_cosines, predicted_rounds, rounds_needed
 from okadfa.dfa.blocks import find_stack, on_output
 from okadfa.dfa.mlp import Carry, carry_units, mlp_diagonal, strongest_units, watch_mlp
 from okadfa.dfa.rounds import FittedDiagonal, Secants, refine, sweep, true_errors
@@ -35,13 +35,14 @@ def louder(m):
             for w in b.writers(): w.weight.mul_(20)
     return m
 
-@pytest.mark.parametrize("mixer", ["softmax", "favor", "spectral", "window"])
+@pytest.mark.parametrize("mixer, scale", [*((name, 1.) for name in ("softmax", "favor", "spectral", "window")),
+                                          ("softmax", .5)])
 @pytest.mark.parametrize("carried", CARRIED, ids=str)
-def test_rounds_end_at_backpropagation(mixer, carried):
-    m = louder(model(mixer=mixer, rounds=3, **carried))
+def test_rounds_end_at_backpropagation(mixer, scale, carried):
+    m = louder(model(mixer=mixer, branch_scale=scale, rounds=3, **carried))
     bp = gradients(m, steps=3, credit="bp")
     assert_rel("three rounds", bp, gradients(m, steps=3), 1e-9)        # at the third step a diagonal has learnt
-    few = louder(model(mixer=mixer, rounds=1, **carried))
+    few = louder(model(mixer=mixer, branch_scale=scale, rounds=1, **carried))
     assert (gradients(few, steps=3) - bp).norm() > 1e-3*bp.norm()           # one round is not all of them
 
 @pytest.mark.parametrize("carried", CARRIED, ids=str)
@@ -115,15 +116,16 @@ def test_the_diagonal_is_autograds(family):
     rest = through - carry_units(mlp, out, chosen)(e)
     assert_rel("fitted to what units leave over", (e*rest).sum((0, 1))/e.square().sum((0, 1)), fit.scale(1), 1e-4)
 
-def test_the_diagonal_of_our_own_blocks_leaves_out_what_is_read_one_position_back():
-    m = model().float()
+@pytest.mark.parametrize("scale", [1., .5])
+def test_the_diagonal_of_our_own_blocks_leaves_out_what_is_read_one_position_back(scale):
+    m = model(branch_scale=scale).float()
     with torch.no_grad(): m.blocks[1].feed.norm.weight.uniform_(.5, 1.5)
     ids = text()[0]
     mlp, out = seen_mlp(m.blocks, 16, lambda: m(ids))
     norm, x, _ = next(n for n in mlp.normed if n[0] is m.blocks[1].feed.norm)
     t = 5
     J = torch.stack([torch.autograd.grad(mlp.out[0, t, i], x, retain_graph=True)[0][0, t] for i in range(16)])
-    assert_rel("own position", J.diagonal(), mlp_diagonal(mlp, out)[0, t], 1e-4)
+    assert_rel("own position", scale*J.diagonal(), mlp_diagonal(mlp, out)[0, t], 1e-4)
 
 def test_dropout_is_part_of_the_branch():
     torch.manual_seed(0)
@@ -302,3 +304,8 @@ def test_a_pretrained_model_of_thirty_blocks():
     plain, secants, units = (mean(f"4 rounds{x}") for x in ("", ", secants", ", diagonal, units & secants"))
     print(f"mean cosine after four rounds: plain {plain:.2f}, secants {secants:.2f}, units too {units:.2f}")
     assert plain + .1 < secants < units
+
+@pytest.mark.parametrize("value", [0., float("nan")])
+def test_errors_that_say_nothing_need_all_rounds(value):
+    "A run that breaks down must say so itself: what is predicted on the way may not fail first"
+    assert predicted_rounds([torch.full((1, 3, 4), value)]*5) == 4

@@ -62,8 +62,9 @@ def predicted_rounds(
     cosine:float=.95,         # mean over blocks
     diagonal:bool=False,      # rounds that carry a fitted diagonal
 ) -> int:
-    "Rounds until the mean cosine is reached, by the law"
-    return int((predicted_cosines(errors, diagonal=diagonal).mean(1) >= cosine - 1e-9).nonzero()[0])
+    "Rounds until the mean cosine is reached, by the law; one fewer than blocks where it never says so"
+    there = (predicted_cosines(errors, diagonal=diagonal).mean(1) >= cosine - 1e-9).nonzero()
+    return int(there[0]) if len(there) else len(errors) - 1        # errors of zero, or none that are numbers
 
 # %% ../../nbs/dfa/05_law.ipynb #c923d26f
 def cut_apart(
