@@ -46,7 +46,8 @@ def test_readme_says_at_which_end_of_the_range_a_rate_was():
 
 @pytest.mark.parametrize("marker,notebook", [
     ("demo", "fig_demo.ipynb"), ("wikitext", "fig_wikitext.ipynb"), ("rules", "fig_rules.ipynb"),
-    ("depth", "fig_depth.ipynb"), ("mixers", "fig_spectral.ipynb"), ("probe", "fig_probe.ipynb"), ("credit", "fig_probe.ipynb")])
+    ("depth", "fig_depth.ipynb"),
+    ("mixers", "fig_spectral.ipynb"), ("probe", "fig_probe.ipynb"), ("credit", "fig_probe.ipynb")])
 def test_readme_shows_what_the_notebook_printed(marker, notebook):
     shown = between(marker)
     assert shown.count("|") > 20 and shown in printed(notebook)
