@@ -169,7 +169,7 @@ def print_adopted(row:dict, out:Path) -> None:
     from rich.console import Console
     from rich.table import Table
     p, where = row["perplexity"], f"on {row['judged_tokens']:,} tokens, windows of {row['length']}"
-    table = Table(title=f"{out}: {len(row['layers'])} layers replaced", caption=where)
+    table = Table(title=f"{len(row['layers'])} layers replaced", caption=where)
     heads = "", "perplexity", "above softmax", "nats from softmax"
     for head in heads: table.add_column(head, justify="right" if head else "left")
     names = dict(softmax="softmax", fitted="every layer fitted", final="as saved", adapters="the same with softmax")
@@ -177,6 +177,7 @@ def print_adopted(row:dict, out:Path) -> None:
         above, far = f"{p[k]/p['softmax'] - 1:+.1%}" if k != "softmax" else "", row["divergence"].get(k)
         table.add_row(names[k], f"{p[k]:.2f}", above, "" if far is None else f"{far:.4f}")
     Console().print(table)
+    click.echo(f"saved in {out}")                # a long path would be broken in a title
 
 def _settings(flags):
     "Raises `InputError` for what cannot be, or has no effect"
