@@ -1,0 +1,230 @@
+"""Look at the built pages as a browser shows them: `python tests/pages_check.py [SITE] [--pages GLOB] [--shots FOLDER]`
+
+Every page of SITE (default `_docs`) is opened in headless Chromium, at a desktop's and a phone's width, light and dark.
+What a reader would trip over is one line each, exit code 1: paragraphs of one letter, tables and links shown as raw
+text, requests that leave the page, links and anchors that lead nowhere, pictures without words, pages wider than the
+screen, text without contrast, errors in the console. Where there is no browser it says so, with exit code 0."""
+import argparse, json, mimetypes, re, shutil, sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+HOST = "http://okadfa.invalid"          # answered from the folder; nothing is ever asked of a network
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+
+@dataclass
+class Report:
+    "What was counted and what is wrong"
+    pages:int = 0
+    links:int = 0
+    images:int = 0
+    problems:list[str] = field(default_factory=list)
+    def __str__(self):
+        return f"pages: {self.pages} pages, {self.links} links, {self.images} images, {len(self.problems)} problems"
+
+def why_not() -> str|None:
+    "Why no page can be looked at here, or None"
+    try: import playwright                                                               # noqa: F401
+    except ImportError: return "playwright is not installed: pip install -e '.[pages]'"
+    return None if browser_path() else f"no browser: none of {', '.join(BROWSERS)} is on PATH"
+
+def browser_path() -> str|None: return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+# ---- what is asked of a page, in the page
+
+# Every check returns a list of sentences. `words` shortens what is quoted.
+LOOK = r"""
+() => {
+  const words = s => s.trim().replace(/\s+/g, ' ').slice(0, 60);
+  const main = document.querySelector('main') || document.body, bad = [];
+  for (const p of main.querySelectorAll('p'))
+    if (/^\p{L}$/u.test(p.textContent.trim()) && !p.closest('td, th, figure')) bad.push(`a paragraph of one letter, "${p.textContent.trim()}"`);
+  for (const h of main.querySelectorAll('h1, h2, h3, h4'))
+    if (h.textContent.trim().length > 150) bad.push(`a heading of ${h.textContent.trim().length} characters: ${words(h.textContent)}`);
+  const table = /^\s*\|.*\|\s*\n\s*\|[\s:|-]+\|\s*$/m;
+  for (const e of main.querySelectorAll('p, .cell-output pre'))
+    if (table.test(e.textContent)) bad.push(`a table as raw text: ${words(e.textContent)}`);
+  const link = /\[`?[^\[\]\n]+`?\]\((?:\/|https?:|[\w.\/-]+\.(?:html|ipynb|md))[^)\s]*\)/;
+  for (const e of main.querySelectorAll('p, li, td, h1, h2, h3, h4, .cell-output code')) {
+    const m = link.exec(e.textContent);
+    if (m && !e.querySelector('p, li, td')) bad.push(`a link as raw text: ${words(m[0])}`);
+  }
+  for (const i of document.querySelectorAll('main img'))
+    if (!(i.getAttribute('alt') || '').trim() && i.getAttribute('role') != 'presentation')
+      bad.push(`a picture without words (alt): ${words(i.src.split('/').slice(-1)[0].slice(0, 60))}`);
+  if (!document.querySelector('link[rel~="icon"]')) bad.push('no favicon');
+  if (!document.querySelector('meta[property="og:title"]')) bad.push('no open-graph title');
+  const ids = [...document.querySelectorAll('[id]')].map(e => e.id).concat([...document.querySelectorAll('a[name]')].map(e => e.name));
+  const links = [...document.querySelectorAll('a[href]')].filter(a => !a.getAttribute('href').startsWith('javascript:'))
+    .map(a => [a.getAttribute('href'), a.href]);
+  return {bad, ids, links, images: document.querySelectorAll('main img').length,
+          themes: typeof window.quartoToggleColorScheme == 'function'};
+}"""
+
+# Elements that reach beyond the screen, the innermost of them, if the page can be pushed sideways.
+WIDE = r"""
+() => {
+  const w = document.documentElement.clientWidth, all = document.documentElement.scrollWidth;
+  if (all <= w + 1) return [];
+  const out = [...document.querySelectorAll('body *')].filter(e => {
+    if (e.getBoundingClientRect().right <= w + 1) return false;
+    for (let p = e.parentElement; p; p = p.parentElement)
+      if (p != document.body && p != document.documentElement && getComputedStyle(p).overflowX != 'visible') return false;
+    return true;
+  });
+  const inner = out.filter(e => !out.some(o => o != e && e.contains(o)));
+  const name = e => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') + (e.classList[0] ? '.' + e.classList[0] : '');
+  return [`${all} px wide on a screen of ${w}: ${inner.slice(0, 2).map(e => name(e) + ' "' + e.textContent.trim().slice(0, 30) + '"').join(', ')}`];
+}"""
+
+# Contrast as WCAG 2 has it: 4.5 for text, 3 for large text; backgrounds and opacities as they lie over one another.
+CONTRAST = r"""
+() => {
+  const parse = s => { const m = s.match(/[\d.]+/g).map(Number); return s.startsWith('color(srgb') ?
+    [m[0]*255, m[1]*255, m[2]*255, m[3] ?? 1] : [m[0], m[1], m[2], m[3] ?? 1]; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i]*a[3] + b[i]*(1 - a[3])).concat([1]);
+  const lum = c => { const f = v => (v /= 255) <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4; return .2126*f(c[0]) + .7152*f(c[1]) + .0722*f(c[2]); };
+  const seen = new Map(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const ground = e => {
+    const layers = [];
+    for (let p = e; p; p = p.parentElement) { const c = parse(getComputedStyle(p).backgroundColor); if (c[3]) layers.push(c); if (c[3] == 1) break; }
+    return layers.reduceRight((b, a) => over(a, b), [255, 255, 255, 1]);
+  };
+  while (walker.nextNode()) {
+    const text = walker.currentNode.textContent.trim(), e = walker.currentNode.parentElement;
+    if (!text || !e || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.closest('script, style, noscript, svg')) continue;
+    const r = e.getBoundingClientRect();
+    if (r.width < 2 || r.height < 2) continue;
+    const s = getComputedStyle(e), large = parseFloat(s.fontSize) >= 24 || parseFloat(s.fontSize) >= 18.66 && s.fontWeight >= 700;
+    let opacity = 1; for (let p = e; p; p = p.parentElement) opacity *= getComputedStyle(p).opacity;
+    const bg = ground(e), fg = parse(s.color), key = [s.color, opacity, bg, large].join();
+    if (seen.has(key)) continue;
+    fg[3] *= opacity;
+    const a = lum(over(fg, bg)), b = lum(bg), ratio = (Math.max(a, b) + .05)/(Math.min(a, b) + .05);
+    seen.set(key, ratio < (large ? 3 : 4.5) - .005 ? `contrast ${ratio.toFixed(2)} of "${text.replace(/\s+/g, ' ').slice(0, 40)}" (${e.tagName.toLowerCase()}${[...e.classList].map(c => '.' + c).join('')}, ${s.color} on rgb(${bg.slice(0, 3).map(Math.round)}))` : '');
+  }
+  return [...seen.values()].filter(Boolean);
+}"""
+
+# ---- opening pages
+
+class Site:
+    "A folder of pages, answered to a browser without a server; what the pages ask of others is written down"
+    def __init__(self, root:Path): self.root, self.asked = root.resolve(), []
+
+    def file(self, url:str) -> Path:
+        path = (self.root/unquote(urlsplit(url).path).lstrip("/")).resolve()
+        return path/"index.html" if path.is_dir() else path
+
+    def answer(self, route) -> None:
+        url = route.request.url
+        if not url.startswith(HOST + "/"):
+            self.asked.append(f"asks {urlsplit(url).netloc or url[:40]} for {url[:100]}"); route.abort(); return
+        path = self.file(url)
+        if path.is_relative_to(self.root) and path.is_file():
+            kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+            route.fulfill(body=path.read_bytes(), content_type=kind)
+        else:
+            if not url.endswith("/favicon.ico"): self.asked.append(f"no file {urlsplit(url).path}")
+            route.fulfill(status=404, body="")
+
+@contextmanager
+def browser():
+    "A headless Chromium"
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        try: yield b
+        finally: b.close()
+
+def in_colour(page, dark:bool) -> None:
+    "Turn the page's own switch, if it is not there already"
+    if page.evaluate("document.body.classList.contains('quarto-dark')") != dark:
+        page.evaluate("window.quartoToggleColorScheme()")
+    page.wait_for_timeout(50)
+
+def look(context, site:Site, name:str, shots:Path|None) -> dict:
+    "What is on one page, and what is wrong with it by itself"
+    page, said = context.new_page(), []
+    page.set_default_timeout(120_000)
+    page.on("console", lambda m: said.append(f"console: {m.text[:120]}") if m.type == "error" else None)
+    page.on("pageerror", lambda e: said.append(f"script error: {str(e)[:120]}"))
+    site.asked.clear()
+    try:
+        page.goto(f"{HOST}/{name}", wait_until="load")
+        page.wait_for_timeout(50)
+        found = page.evaluate(LOOK)
+        if not found["themes"]: said.append("no dark theme")
+        for size, (width, height) in SIZES.items():
+            page.set_viewport_size(dict(width=width, height=height))
+            for dark in (False, True)[:1 + found["themes"]]:
+                if found["themes"]: in_colour(page, dark)
+                colour = "dark" if dark else "light"
+                said += [f"{size}: {s}" for s in page.evaluate(WIDE)]
+                said += [f"{colour}: {s}" for s in page.evaluate(CONTRAST)]
+                if not shots: continue
+                page.set_viewport_size(dict(width=width, height=3*height))        # the first screens
+                page.screenshot(path=shots/f"{name.replace('/', '-')[:-5]}-{size}-{colour}.png")
+                page.set_viewport_size(dict(width=width, height=height))
+    finally: page.close()
+    # The console repeats what the requests have said.
+    said = [s for s in said if "Failed to load resource" not in s]
+    found["bad"] += dict.fromkeys(said + site.asked)
+    return found
+
+def link_problem(site:Site, names:dict[str, set], there:str, raw:str) -> str|None:
+    "Why a link, as the browser resolves it, leads nowhere, or None"
+    if not there.startswith(HOST): return None                     # another site: not asked
+    parts = urlsplit(there)
+    path = site.file(there)
+    if not path.is_relative_to(site.root) or not path.is_file(): return f"link to {raw}: no such page or file"
+    name, anchor = path.relative_to(site.root).as_posix(), unquote(parts.fragment)
+    if anchor and name in names and anchor not in names[name]: return f"link to {raw}: {name} has no #{anchor}"
+    return None
+
+def search_problems(site:Site) -> list[str]:
+    "Raw markdown links in what the search shows"
+    index = site.root/"search.json"
+    if not index.exists(): return ["search.json: missing, so nothing can be searched"]
+    raw = re.compile(r"\]\((?:/|https?:)[^)\s]*\)")
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    return [f"search.json: a link as raw text in {e['href']}" for e in entries if raw.search(e["title"] + e["text"])]
+
+def check_pages(root:Path, glob:str="**/*.html", shots:Path|None=None, say=lambda s: None) -> Report:
+    "Look at every page of a site"
+    site, rep = Site(root), Report()
+    files = [f for f in sorted(root.glob(glob)) if "site_libs" not in f.parts]
+    if shots: shots.mkdir(parents=True, exist_ok=True)
+    looked = {}
+    with browser() as b:
+        context = b.new_context(color_scheme="light")
+        context.route("**/*", site.answer)
+        for f in files:
+            name = f.relative_to(root).as_posix()
+            looked[name] = look(context, site, name, shots)
+            say(name)
+    ids = {name: set(page["ids"]) for name, page in looked.items()}
+    for name, page in looked.items():
+        dead = dict.fromkeys(link_problem(site, ids, there, raw) for raw, there in page["links"])
+        rep.problems += [f"{name}: {s}" for s in [*dict.fromkeys(page["bad"]), *filter(None, dead)]]
+        rep.pages += 1; rep.links += len(page["links"]); rep.images += page["images"]
+    rep.problems += search_problems(site)
+    return rep
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("site", nargs="?", type=Path, default=Path(__file__).resolve().parents[1]/"_docs")
+    ap.add_argument("--pages", default="**/*.html", metavar="GLOB", help="which pages (default: all)")
+    ap.add_argument("--shots", type=Path, metavar="FOLDER", help="write a picture of each page at each size and colour")
+    ap.add_argument("--need", action="store_true", help="exit code 1 where nothing can be looked at")
+    args = ap.parse_args()
+    why = why_not() or (None if (args.site/"index.html").exists() else f"no site in {args.site.name}: quarto makes it")
+    if why: print(f"pages: not looked at, {why}"); return int(args.need)
+    rep = check_pages(args.site, args.pages, args.shots, lambda name: print(name, file=sys.stderr, flush=True))
+    for p in rep.problems: print(p)
+    print(rep)
+    return 1 if rep.problems else 0
+
+if __name__ == "__main__": sys.exit(main())
