@@ -32,83 +32,9 @@ def why_not() -> str|None:
 
 def browser_path() -> str|None: return next(filter(None, map(shutil.which, BROWSERS)), None)
 
-# ---- what is asked of a page, in the page
-
-# Every check returns a list of sentences. `words` shortens what is quoted.
-LOOK = r"""
-() => {
-  const words = s => s.trim().replace(/\s+/g, ' ').slice(0, 60);
-  const main = document.querySelector('main') || document.body, bad = [];
-  for (const p of main.querySelectorAll('p'))
-    if (/^\p{L}$/u.test(p.textContent.trim()) && !p.closest('td, th, figure')) bad.push(`a paragraph of one letter, "${p.textContent.trim()}"`);
-  for (const h of main.querySelectorAll('h1, h2, h3, h4'))
-    if (h.textContent.trim().length > 150) bad.push(`a heading of ${h.textContent.trim().length} characters: ${words(h.textContent)}`);
-  const table = /^\s*\|.*\|\s*\n\s*\|[\s:|-]+\|\s*$/m;
-  for (const e of main.querySelectorAll('p, .cell-output pre'))
-    if (table.test(e.textContent)) bad.push(`a table as raw text: ${words(e.textContent)}`);
-  const link = /\[`?[^\[\]\n]+`?\]\((?:\/|https?:|[\w.\/-]+\.(?:html|ipynb|md))[^)\s]*\)/;
-  for (const e of main.querySelectorAll('p, li, td, h1, h2, h3, h4, .cell-output code')) {
-    const m = link.exec(e.textContent);
-    if (m && !e.querySelector('p, li, td')) bad.push(`a link as raw text: ${words(m[0])}`);
-  }
-  for (const i of document.querySelectorAll('main img'))
-    if (!(i.getAttribute('alt') || '').trim() && i.getAttribute('role') != 'presentation')
-      bad.push(`a picture without words (alt): ${words(i.src.split('/').slice(-1)[0].slice(0, 60))}`);
-  if (!document.querySelector('link[rel~="icon"]')) bad.push('no favicon');
-  if (!document.querySelector('meta[property="og:title"]')) bad.push('no open-graph title');
-  const ids = [...document.querySelectorAll('[id]')].map(e => e.id).concat([...document.querySelectorAll('a[name]')].map(e => e.name));
-  const links = [...document.querySelectorAll('a[href]')].filter(a => !a.getAttribute('href').startsWith('javascript:'))
-    .map(a => [a.getAttribute('href'), a.href]);
-  return {bad, ids, links, images: document.querySelectorAll('main img').length,
-          themes: typeof window.quartoToggleColorScheme == 'function'};
-}"""
-
-# Elements that reach beyond the screen, the innermost of them, if the page can be pushed sideways.
-WIDE = r"""
-() => {
-  const w = document.documentElement.clientWidth, all = document.documentElement.scrollWidth;
-  if (all <= w + 1) return [];
-  const out = [...document.querySelectorAll('body *')].filter(e => {
-    if (e.getBoundingClientRect().right <= w + 1) return false;
-    for (let p = e.parentElement; p; p = p.parentElement)
-      if (p != document.body && p != document.documentElement && getComputedStyle(p).overflowX != 'visible') return false;
-    return true;
-  });
-  const inner = out.filter(e => !out.some(o => o != e && e.contains(o)));
-  const name = e => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') + (e.classList[0] ? '.' + e.classList[0] : '');
-  return [`${all} px wide on a screen of ${w}: ${inner.slice(0, 2).map(e => name(e) + ' "' + e.textContent.trim().slice(0, 30) + '"').join(', ')}`];
-}"""
-
-# Contrast as WCAG 2 has it: 4.5 for text, 3 for large text; backgrounds and opacities as they lie over one another.
-CONTRAST = r"""
-() => {
-  const parse = s => { const m = s.match(/[\d.]+/g).map(Number); return s.startsWith('color(srgb') ?
-    [m[0]*255, m[1]*255, m[2]*255, m[3] ?? 1] : [m[0], m[1], m[2], m[3] ?? 1]; };
-  const over = (a, b) => [0, 1, 2].map(i => a[i]*a[3] + b[i]*(1 - a[3])).concat([1]);
-  const lum = c => { const f = v => (v /= 255) <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4; return .2126*f(c[0]) + .7152*f(c[1]) + .0722*f(c[2]); };
-  const seen = new Map(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const ground = e => {
-    const layers = [];
-    for (let p = e; p; p = p.parentElement) { const c = parse(getComputedStyle(p).backgroundColor); if (c[3]) layers.push(c); if (c[3] == 1) break; }
-    return layers.reduceRight((b, a) => over(a, b), [255, 255, 255, 1]);
-  };
-  while (walker.nextNode()) {
-    const text = walker.currentNode.textContent.trim(), e = walker.currentNode.parentElement;
-    if (!text || !e || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.closest('script, style, noscript, svg')) continue;
-    const r = e.getBoundingClientRect();
-    if (r.width < 2 || r.height < 2) continue;
-    const s = getComputedStyle(e), large = parseFloat(s.fontSize) >= 24 || parseFloat(s.fontSize) >= 18.66 && s.fontWeight >= 700;
-    let opacity = 1; for (let p = e; p; p = p.parentElement) opacity *= getComputedStyle(p).opacity;
-    const bg = ground(e), fg = parse(s.color), key = [s.color, opacity, bg, large].join();
-    if (seen.has(key)) continue;
-    fg[3] *= opacity;
-    const a = lum(over(fg, bg)), b = lum(bg), ratio = (Math.max(a, b) + .05)/(Math.min(a, b) + .05);
-    seen.set(key, ratio < (large ? 3 : 4.5) - .005 ? `contrast ${ratio.toFixed(2)} of "${text.replace(/\s+/g, ' ').slice(0, 40)}" (${e.tagName.toLowerCase()}${[...e.classList].map(c => '.' + c).join('')}, ${s.color} on rgb(${bg.slice(0, 3).map(Math.round)}))` : '');
-  }
-  return [...seen.values()].filter(Boolean);
-}"""
-
 # ---- opening pages
+
+ASK = Path(__file__).with_name("pages_look.js").read_text(encoding="utf-8")
 
 class Site:
     "A folder of pages, answered to a browser without a server; what the pages ask of others is written down"
@@ -121,7 +47,8 @@ class Site:
     def answer(self, route) -> None:
         url = route.request.url
         if not url.startswith(HOST + "/"):
-            self.asked.append(f"asks {urlsplit(url).netloc or url[:40]} for {url[:100]}"); route.abort(); return
+            self.asked.append(f"asks {urlsplit(url).netloc or url[:40]} for {url[:100]}")
+            return route.abort()
         path = self.file(url)
         if path.is_relative_to(self.root) and path.is_file():
             kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
@@ -155,18 +82,18 @@ def look(context, site:Site, name:str, shots:Path|None) -> dict:
     try:
         page.goto(f"{HOST}/{name}", wait_until="load")
         page.wait_for_timeout(50)
-        found = page.evaluate(LOOK)
+        found = page.evaluate(f"{ASK}.all()")
         if not found["themes"]: said.append("no dark theme")
         for size, (width, height) in SIZES.items():
             page.set_viewport_size(dict(width=width, height=height))
             for dark in (False, True)[:1 + found["themes"]]:
                 if found["themes"]: in_colour(page, dark)
                 colour = "dark" if dark else "light"
-                said += [f"{size}: {s}" for s in page.evaluate(WIDE)]
-                said += [f"{colour}: {s}" for s in page.evaluate(CONTRAST)]
+                said += [f"{size}: {s}" for s in page.evaluate(f"{ASK}.wide()")]
+                said += [f"{colour}: {s}" for s in page.evaluate(f"{ASK}.contrast()")]
                 if not shots: continue
                 page.set_viewport_size(dict(width=width, height=3*height))        # the first screens
-                page.screenshot(path=shots/f"{name.replace('/', '-')[:-5]}-{size}-{colour}.png")
+                page.screenshot(path=shots/f"{name[:-5].replace('/', '-')}-{size}-{colour}.png")
                 page.set_viewport_size(dict(width=width, height=height))
     finally: page.close()
     # The console repeats what the requests have said.
@@ -176,7 +103,7 @@ def look(context, site:Site, name:str, shots:Path|None) -> dict:
 
 def link_problem(site:Site, names:dict[str, set], there:str, raw:str) -> str|None:
     "Why a link, as the browser resolves it, leads nowhere, or None"
-    if not there.startswith(HOST): return None                     # another site: not asked
+    if not there.startswith(HOST + "/"): return None               # another site: not asked
     parts = urlsplit(there)
     path = site.file(there)
     if not path.is_relative_to(site.root) or not path.is_file(): return f"link to {raw}: no such page or file"
@@ -199,7 +126,7 @@ def check_pages(root:Path, glob:str="**/*.html", shots:Path|None=None, say=lambd
     if shots: shots.mkdir(parents=True, exist_ok=True)
     looked = {}
     with browser() as b:
-        context = b.new_context(color_scheme="light")
+        context = b.new_context(color_scheme="light", reduced_motion="reduce")
         context.route("**/*", site.answer)
         for f in files:
             name = f.relative_to(root).as_posix()

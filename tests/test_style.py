@@ -114,20 +114,33 @@ def test_ruff_finds(tmp_path, code, rule):
     r = ruff("m.py", cwd=tmp_path)
     assert (r.returncode == 0) if rule is None else rule in r.stdout, r.stdout + r.stderr
 
-def test_workflow():
-    "It can be read, and it says nothing that the Makefile does not know"
-    flow = yaml.safe_load((ROOT/".github/workflows/test.yml").read_text(encoding="utf-8"))
+def workflow(name:str) -> tuple[dict, list[str]]:
+    "A GitHub workflow, and the targets of `make` that it calls; they must be the Makefile's"
+    flow = yaml.safe_load((ROOT/".github/workflows"/name).read_text(encoding="utf-8"))
     triggers = flow.get("on", flow.get(True))          # YAML 1.1 reads `on` as true
     assert {"push", "pull_request"} <= set(triggers)
     targets = set(re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(encoding="utf-8"), flags=re.M))
     commands = [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
     called = re.findall(r"\bmake ([a-z-]+)", "\n".join(commands))
-    assert {"test", "docs"} <= set(called) <= targets
+    assert set(called) <= targets
+    return flow, called
+
+def test_workflow_of_the_tests():
+    "It says nothing that the Makefile and the settings do not know"
+    flow, called = workflow("test.yml")
+    assert "test" in called
     ini = (ROOT/"settings.ini").read_text(encoding="utf-8")
     oldest = re.search(r"min_python = (\S+)", ini)[1], re.search(r"torch>=(\S+)", ini)[1]
     newest = re.search(r"^torch==(\d+\.\d+)", (ROOT/"constraints.txt").read_text(encoding="utf-8"), flags=re.M)[1]
     matrix = flow["jobs"]["test"]["strategy"]["matrix"]["include"]
     assert oldest in {(m["python"], m["torch"]) for m in matrix} and newest in {m["torch"] for m in matrix}
+
+def test_workflow_of_the_site():
+    "The pages are built and looked at, with no way around it, before they are published, and only from the main branch"
+    flow, called = workflow("site.yml")
+    build, publish = flow["jobs"]["build"], flow["jobs"]["publish"]
+    assert "docs" in called and any("--need" in step.get("run", "") for step in build["steps"])
+    assert publish["needs"] == "build" and "refs/heads/main" in publish["if"]
 
 def test_citation():
     cff = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))
