@@ -5,7 +5,7 @@ What a reader would trip over is one line each, exit code 1: paragraphs of one l
 text, requests that leave the page, links and anchors that lead nowhere, pictures without words, pages wider than the
 screen, text without contrast, errors in the console. Where there is no browser it says so, with exit code 0."""
 import argparse, json, mimetypes, re, shutil, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -119,19 +119,20 @@ def search_problems(site:Site) -> list[str]:
     entries = json.loads(index.read_text(encoding="utf-8"))
     return [f"search.json: a link as raw text in {e['href']}" for e in entries if raw.search(e["title"] + e["text"])]
 
-def check_pages(root:Path, glob:str="**/*.html", shots:Path|None=None, say=lambda s: None) -> Report:
-    "Look at every page of a site"
+def check_pages(root:Path, glob:str="**/*.html", shots:Path|None=None, say=lambda s: None, chromium=None) -> Report:
+    "Look at every page of a site, in a browser of its own or in the one given"
     site, rep = Site(root), Report()
     files = [f for f in sorted(root.glob(glob)) if "site_libs" not in f.parts]
     if shots: shots.mkdir(parents=True, exist_ok=True)
     looked = {}
-    with browser() as b:
+    with nullcontext(chromium) if chromium else browser() as b:
         context = b.new_context(color_scheme="light", reduced_motion="reduce")
         context.route("**/*", site.answer)
         for f in files:
             name = f.relative_to(root).as_posix()
             looked[name] = look(context, site, name, shots)
             say(name)
+        context.close()
     ids = {name: set(page["ids"]) for name, page in looked.items()}
     for name, page in looked.items():
         dead = dict.fromkeys(link_problem(site, ids, there, raw) for raw, there in page["links"])

@@ -21,19 +21,24 @@ body.quarto-dark a {{ color: #9cf }}</style>
 
 SEARCH = [{"href": "index.html", "title": "A page", "text": "Some words."}]
 
-def site(folder, body="", head="", style="", search=SEARCH):
+@pytest.fixture(scope="module")
+def chromium():
+    with pages_check.browser() as b: yield b
+
+def site(folder, chromium, body="", head="", style="", search=SEARCH):
     (folder/"index.html").write_text(PAGE.format(body=body, head=head, style=style))
     (folder/"other.html").write_text(PAGE.format(body="", head="", style=""))
     (folder/"a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
     (folder/"search.json").write_text(json.dumps(search))
-    return pages_check.check_pages(folder)
+    return pages_check.check_pages(folder, chromium=chromium)
 
 SOUND = """<p>See <a href="other.html#top">another</a>, <a href="#top">above</a>,
-<a href="https://example.org/x">far</a>.</p><table><tr><td><p>x</p></td></tr></table><img src="a.svg" alt="A square"><pre>[a](not/shown.html) | b |</pre>"""
+<a href="https://example.org/x">far</a>.</p><table><tr><td><p>x</p></td></tr></table><img src="a.svg" alt="A square">
+<pre>[a](not/shown.html) | b |</pre>"""
 
 @looks
-def test_sound_pages_pass(tmp_path):
-    rep = site(tmp_path, SOUND)
+def test_sound_pages_pass(tmp_path, chromium):
+    rep = site(tmp_path, chromium, SOUND)
     assert rep.problems == [] and (rep.pages, rep.links, rep.images) == (2, 3, 1)
 
 @looks
@@ -52,7 +57,7 @@ def test_sound_pages_pass(tmp_path):
     (dict(body="<p style='color: #999'>pale</p>"), "light: contrast 2.85"),
     (dict(body="<p style='color: #222'>dim</p>"), "dark: contrast 1.19"),
     (dict(body="<p style='opacity: .4'>faint</p>"), "contrast"),
-    (dict(body="<p><code style='background: #ddd; color: #d63384'>c</code></p>"), "contrast 3."),
+    (dict(body="<p><code style='background: #ddd; color: #d63384'>code</code></p>"), "contrast 3."),
     (dict(head="<script src='https://cdn.example.org/x.js'></script>"), "asks cdn.example.org"),
     (dict(style="@import url('https://fonts.example.org/css');"), "asks fonts.example.org"),
     (dict(head="<link rel='stylesheet' href='gone.css'>"), "no file /gone.css"),
@@ -61,24 +66,25 @@ def test_sound_pages_pass(tmp_path):
     (dict(head="<script>delete window.quartoToggleColorScheme</script>"), "no dark theme"),
     (dict(search=[{"href": "a.html#b", "title": "b", "text": "[`f`](/x.html#f)"}]), "search.json: a link as raw text"),
 ])
-def test_faults_are_found(tmp_path, parts, said):
-    rep = site(tmp_path, **parts)
+def test_faults_are_found(tmp_path, chromium, parts, said):
+    rep = site(tmp_path, chromium, **parts)
     assert rep.problems and all(said in p for p in rep.problems), rep.problems
 
 @looks
-def test_what_scrolls_by_itself_is_not_wide(tmp_path):
-    assert site(tmp_path, "<div style='overflow-x: auto'><div style='width: 900px'>x</div></div>").problems == []
+def test_what_scrolls_by_itself_is_not_wide(tmp_path, chromium):
+    body = "<div style='overflow-x: auto'><div style='width: 900px'>x</div></div>"
+    assert site(tmp_path, chromium, body).problems == []
 
 @looks
-def test_pictures_of_pages_are_written(tmp_path):
-    site(tmp_path)
-    pages_check.check_pages(tmp_path, "index.html", tmp_path/"shots")
+def test_pictures_of_pages_are_written(tmp_path, chromium):
+    site(tmp_path, chromium)
+    pages_check.check_pages(tmp_path, "index.html", tmp_path/"shots", chromium=chromium)
     found = {p.name for p in (tmp_path/"shots").iterdir()}
     assert found == {f"index-{size}-{colour}.png" for size in ("desktop", "phone") for colour in ("light", "dark")}
 
 @looks
-def test_command(tmp_path):
-    site(tmp_path, "<p>s</p>")
+def test_command(tmp_path, chromium):
+    site(tmp_path, chromium, "<p>s</p>")
     run = [sys.executable, str(ROOT/"tests/pages_check.py")]
     r = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True)
     assert r.returncode == 1 and r.stdout.splitlines()[-1] == "pages: 2 pages, 0 links, 0 images, 1 problems"
@@ -155,7 +161,7 @@ def test_a_file_of_the_repository_becomes_a_page():
 
 @looks
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not on PATH")
-def test_settings_make_sound_pages(tmp_path):
+def test_settings_make_sound_pages(tmp_path, chromium):
     "Quarto, with the settings of the site, makes of every kind of cell a page that passes"
     proc = tmp_path/"_proc"
     shutil.copytree(ROOT/"nbs/styles", proc/"styles")
@@ -181,7 +187,7 @@ def test_settings_make_sound_pages(tmp_path):
     (proc/"index.ipynb").write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
     r = subprocess.run(["quarto", "render", "--no-cache"], cwd=proc, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr[-3000:]
-    rep = pages_check.check_pages(proc/"_docs")
+    rep = pages_check.check_pages(proc/"_docs", chromium=chromium)
     assert rep.problems == [] and rep.pages == 2
     page = (proc/"_docs/index.html").read_text(encoding="utf-8")
     assert "<math" in page and 'class="code-fold"' in page and "/_docs" not in page
