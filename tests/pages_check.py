@@ -66,11 +66,15 @@ def browser():
         try: yield b
         finally: b.close()
 
+# The switch makes the browser load style sheets anew; until then the page is half in either colour.
+STYLED = """() => [...document.querySelectorAll('link[rel="stylesheet"]')].every(l => l.sheet)
+    && new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r(true))))"""
+
 def in_colour(page, dark:bool) -> None:
-    "Turn the page's own switch, if it is not there already"
+    "Turn the page's own switch, if it is not there already, and wait until it is"
     if page.evaluate("document.body.classList.contains('quarto-dark')") != dark:
         page.evaluate("window.quartoToggleColorScheme()")
-    page.wait_for_timeout(50)
+    page.wait_for_function(STYLED)
 
 def look(context, site:Site, name:str, shots:Path|None) -> dict:
     "What is on one page, and what is wrong with it by itself"

@@ -2,7 +2,7 @@
 the folder of processed notebooks; docs_check.py does where there is no quarto. Nothing but the standard library.
 
 Numbers of papers become links, nbdev's links go out of signatures, the source below a signature is folded and does not
-repeat it, and LOG.md and CHANGELOG.md become pages. What it has done once it leaves alone."""
+repeat it, coloured outputs become plain ones, and LOG.md and CHANGELOG.md pages. What it has done it leaves alone."""
 import ast, json, re, sys, textwrap
 from pathlib import Path
 
@@ -91,6 +91,18 @@ def lines_of(text:str) -> list[str]: return text.splitlines(True)        # quart
 def prose(md:str, anchors:dict[str, set]) -> list[str]:
     return lines_of(link_papers(to_headings(plain_names(md), anchors)))
 
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+def without_scripts(data:dict) -> None:
+    """Keep an output from bringing scripts of others: for `text/html` quarto asks a server for two libraries of
+    widgets. Coloured text, whose colours know of no theme, becomes plain; other HTML is said to be markup"""
+    html = "".join(data.get("text/html", ""))
+    if not html or "<script" in html: return
+    del data["text/html"]
+    if "text/plain" in data: data["text/plain"] = lines_of(ANSI.sub("", "".join(data["text/plain"])))
+    if not html.lstrip().startswith("<pre") or "text/plain" not in data:
+        data["text/markdown"] = lines_of(f"```{{=html}}\n{html}\n```\n")
+
 SUMMARY = '#| code-fold: show\n#| code-summary: "Exported source"\n'
 FOLDED = '#| code-fold: true\n#| code-summary: "Source"\n'
 
@@ -101,6 +113,7 @@ def polish(cells:list[dict], anchors:dict[str, set]) -> None:
         joined = "".join(c["source"])
         if c["cell_type"] == "markdown": c["source"] = prose(joined, anchors)
         for o in c.get("outputs", []):
+            without_scripts(o.get("data", {}))
             md = "".join(o.get("data", {}).get("text/markdown", ""))
             if md: o["data"]["text/markdown"] = prose(md, anchors)
         if found := re.search(r"^show_doc\((\w+)", joined, flags=re.M): shown.add(found[1])

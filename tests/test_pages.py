@@ -141,6 +141,13 @@ def test_numbers_of_papers_are_links(text, want):
     assert site_pages.link_papers(text) == (want or text)
     assert site_pages.link_papers(site_pages.link_papers(text)) == (want or text)
 
+def test_outputs_bring_no_scripts_of_others():
+    rich = {"text/html": ["<pre style='color: red'>a</pre>\n"], "text/plain": ["\x1b[1ma\x1b[0m"]}
+    table = {"text/html": "<table></table>", "text/plain": ["a"]}
+    for data in (rich, table): site_pages.without_scripts(data)
+    assert rich == {"text/plain": ["a"]}
+    assert table["text/markdown"][1:] == ["<table></table>\n", "```\n"] and "text/html" not in table
+
 def test_links_where_there_can_be_none_are_names_again():
     md = "```python\ndef f(x:[`A`](/a.html#a)):\n```\nsee [`A`](/a.html#a), [bytes of [`A`](/a.html#a)](b.ipynb)"
     want = "```python\ndef f(x:`A`):\n```\nsee [`A`](/a.html#a), [bytes of `A`](b.ipynb)"
@@ -178,7 +185,9 @@ def test_settings_make_sound_pages(tmp_path, chromium):
     table = "| " + " | ".join(f"column {i}" for i in range(12)) + " |\n" + "|---:"*12 + "|\n" + "| 1.25 "*12 + "|"
     prose = f"## Wide things\n\n$$\\left(\\frac{{{'x+'*60}y}}{{z}}\\right)$$\n\n{table}\n\n[`f`](log.md) and `code`."
     wide = code('#| label: x\nprint("y"*200)')
-    wide["outputs"] = [dict(output_type="stream", name="stdout", text=["y"*200 + "\n"])]
+    coloured = {"text/html": ["<pre><span style='color: #008000'>a</span></pre>\n"], "text/plain": ["a"]}
+    wide["outputs"] = [dict(output_type="stream", name="stdout", text=["y"*200 + "\n"]),
+                       dict(output_type="display_data", metadata={}, data=coloured)]
     shown = showdoc("f", "---\n\n### f\n\n```python\ndef f(x:[`A`](/a.html#a)):\n```\n\n*Some of x*")
     written = dict(cell_type="markdown", metadata={}, source=prose.splitlines(True))
     cells = [front, written, shown, code(EXPORTS), wide]
