@@ -114,7 +114,9 @@ def test_heavy_import_is_found(tmp_path):
 
 # ---- notebooks and modules
 
-def in_figures(nb:Path) -> bool: return nb.parts[0] in ("figures", "use")       # pages that export nothing
+def in_figures(nb:Path) -> bool:
+    "Pages that export nothing"
+    return nb.parts[0] in ("figures", "use", "learn") or nb.stem in ("glossary", "references")
 
 def directive_lines(nb:Path, words:str) -> list[list[str]]:
     "Words of every directive line that begins with one of `words`"
