@@ -34,8 +34,14 @@ test: $(READY)  ## style, modules in sync, notebooks clean, every notebook cell,
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_style.py -n $(WORKERS) --dist worksteal
 
-docs: $(READY)  ## build the site with quarto, or check the processed notebooks statically
+docs: $(READY)  ## build the site with quarto and look at it, or check the processed notebooks statically
 	$(BIN)/python tests/docs_check.py --build
+	@if command -v quarto >/dev/null; then $(MAKE) --no-print-directory pages; fi
+
+# Needs Chromium, and `pip install -e '.[pages]'`; says so where one is missing. PAGES='--need --shots shots' for more
+PAGES ?=
+pages: $(READY)  ## look at the built pages in headless Chromium: links, anchors, widths, contrast, requests
+	$(BIN)/python tests/pages_check.py $(PAGES)
 
 bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	for t in float32 bfloat16; do $(BIN)/okadfa benchmark head --dtype $$t --out results || exit 1; done
@@ -111,4 +117,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs bench demo-rows wikitext bytes weights ablate depth gpu figures clean
+.PHONY: help install demo test docs pages bench demo-rows wikitext bytes weights ablate depth gpu figures clean

@@ -17,6 +17,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["okadfa", "okadfa.*"]),
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split(),
-                    "adopt": cfg["adopt_requirements"].split()},
+                    "adopt": cfg["adopt_requirements"].split(), "pages": cfg["pages_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 import yaml
+import site_pages
 
 @dataclass
 class Report:
@@ -144,10 +145,7 @@ def link_problem(page:Page, url:str, pages:dict, by_html:dict, root:Path, proc:P
         if in_repo.is_relative_to(root.resolve()) and in_repo.exists() and not target.startswith("/"): return None
         if target.startswith("/blob/"): return NO_ADDRESS
         return "no such page or file"
-    if not anchor or anchor in there.anchors: return None
-    # nbdev links any `Class.method` or `_private` in prose to its page, whether or not the page gives it a heading.
-    made_by_nbdev = target.startswith("/") and ("." in anchor or anchor.startswith("_"))
-    return None if made_by_nbdev else f"{there.name} has no heading #{anchor}"
+    return None if not anchor or anchor in there.anchors else f"{there.name} has no heading #{anchor}"
 
 def check_site(root:Path, proc:Path) -> Report:
     "Check the processed notebooks in `proc` against `_quarto.yml` in `root`, and those they came from for errors"
@@ -218,7 +216,10 @@ def process(root:Path) -> tuple[Path, list[str]]:
     with contextlib.chdir(root), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         # All of them, always: a page whose notebook is gone must not stay.
-        try: return Path(serve.proc_nbs(n_workers=2, force=True)), []
+        try:
+            proc = Path(serve.proc_nbs(n_workers=2, force=True))
+            site_pages.prepare(root, proc)
+            return proc, []
         except Exception as e: first = e   # ends at the first notebook that fails, so the rest is tried here one by one
         proc, bad = root/"_proc", []
         for src in serve.nbglob(as_path=True):

@@ -1,7 +1,7 @@
 "The site: nothing is missing or leads nowhere, and the checker that says so finds planted faults"
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 import pytest
-import docs_check
+import docs_check, site_pages
 from conftest import clean_env
 
 def test_site_of_the_repository(repo_copy):
@@ -46,7 +46,7 @@ def pages():
         "index.ipynb": [front("index.html"), md("## Start here\n\n"
             "See [the features](attention/10_favor.ipynb#positive-features-of-q-and-k), "
             "[`favor_attention`](/attention/favor.html#favor_attention), "
-            "[`Favor.redraw`](/attention/favor.html#favor.redraw), "
+            "[`Favor.redraw`](/attention/favor.html), "
             "[data](../results/rows.jsonl), [elsewhere](https://example.org/a#b), [above](#start-here), "
             "and `[no](link.ipynb)`.\n\n"
             "```python\nx = a[0](b)  # [no](no.ipynb) @fig-no\n```\n\n| [table](figures/fig_a.ipynb) | $f[x](y)$ |\n")],
@@ -85,6 +85,7 @@ def test_sound_site_passes(tmp_path):
     ("[x](attention/10_favor.ipynb#gone)", "attention/10_favor.ipynb has no heading #gone"),
     ("[x](#gone)", "index.ipynb has no heading #gone"),
     ("[`y`](/attention/favor.html#gone)", "has no heading #gone"),
+    ("[`Favor.redraw`](/attention/favor.html#favor.redraw)", "has no heading #favor.redraw"),
     ("[x](../results/gone.jsonl)", "no such page or file"),
     ("[x](../../outside.txt)", "no such page or file"),
     ("[source](/blob/main/okadfa/core.py#L3)", "git_url"),
@@ -160,7 +161,7 @@ def command(root, cells_of):
     "Exit code and lines of the check as a command, on a project with these notebooks"
     root.mkdir()
     (root/"tests").mkdir()
-    (root/"tests/docs_check.py").write_text(open(docs_check.__file__, encoding="utf-8").read())
+    for module in (docs_check, site_pages): shutil.copy(module.__file__, root/"tests")
     (root/"settings.ini").write_text(PROJECT)
     (root/"nbs").mkdir()
     named = "".join(f"\n      - {n}" for n in cells_of)
