@@ -109,8 +109,11 @@ gpu:       ## on a CUDA machine: CUDA tests, benchmarks and WikiText-2 runs, row
 	$(MAKE) wikitext OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli'
 	$(MAKE) bytes OKADFA='PYTHONPATH="$(CURDIR)" $(PYTHON) -m okadfa.run.cli' BYTES='--n-layers 8 --d-model 320 --n-heads 5 --max-len 1024 --steps 3000 --batch-size 64 --lr 2e-3 --warmup 200 --diag-every 1000'
 
-figures: $(READY)  ## re-run the figure notebooks from results/
-	cd nbs/figures && for f in fig_*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
+# RERUN=1 first runs what makes the rows. With SIZE=quick or RESULTS=folder the executed notebooks go to runs/figures/,
+# and nothing that is committed changes.
+FIGURES_TO = $(if $(filter quick,$(SIZE))$(RESULTS),--output-dir "$(CURDIR)/runs/figures",--inplace)
+figures: $(READY)  ## execute the figure notebooks; RERUN=1 makes their rows first, SIZE=quick in minutes
+	cd nbs/figures && for f in fig_*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" ../../$(BIN)/jupyter nbconvert --to notebook --execute $(FIGURES_TO) $$f || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
 clean:     ## remove what the other targets made, .venv excepted

@@ -122,7 +122,8 @@ def print_sheet(sheet:Sheet) -> None:
     Console().print(table)
 
 # %% ../../nbs/probe/78_tables.ipynb #c780000d
-COLOURS = {"favor+": "C3", "closed form": "C0", "learnt": "C2", "landmarks": "C1", "heavy hitters": "C4"}
+COLOURS = {"favor+": "#D55E00", "closed form": "#0072B2", "learnt": "#009E73", "landmarks": "#E69F00",
+           "heavy hitters": "#CC79A7"}
 MARKS = {"": "o", "sinks": "o", "chunks": "v", "sinks & chunks": "^", "window": "<", "sinks & window": "D"}
 
 def _known(arm): return arm.startswith(CONTROL) or arm == "sinks & window"
@@ -192,12 +193,14 @@ def draw_weights(ax, rows:list[dict]) -> None:
 
 def picture(
     rows:list[dict],     # of one model and text
+    stacked:bool=False,  # panels above one another, for a narrow screen
 ):                       # a matplotlib figure; None where there is nothing to draw
     "One panel a question"
     from matplotlib.figure import Figure
     draw = dict(attention=draw_attention, credit=draw_credit, weights=draw_weights)
     asked = [question for question in draw if newest(rows, question)]
     if not asked: return None
-    fig = Figure(figsize=(4.2*len(asked), 3.6), layout="constrained")
-    for ax, question in zip(fig.subplots(1, len(asked), squeeze=False)[0], asked): draw[question](ax, rows)
+    size, grid = ((5.6, 4*len(asked)), (len(asked), 1)) if stacked else ((4.2*len(asked), 3.6), (1, len(asked)))
+    fig = Figure(figsize=size, layout="constrained")
+    for ax, question in zip(fig.subplots(*grid, squeeze=False).flat, asked): draw[question](ax, rows)
     return fig
