@@ -2,7 +2,8 @@
 the folder of processed notebooks; docs_check.py does where there is no quarto. Nothing but the standard library.
 
 Numbers of papers become links, nbdev's links go out of signatures, the source below a signature is folded and does not
-repeat it, coloured outputs become plain ones, and LOG.md and CHANGELOG.md pages. What it has done it leaves alone."""
+repeat it, coloured outputs become plain ones, brackets stay large, and LOG.md and CHANGELOG.md become pages.
+What it has done it leaves alone."""
 import ast, json, re, sys, textwrap
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def plain_names(md:str) -> str:
     "Names that nbdev made links where there can be none, in code and within a link, are names again"
     md = re.sub(r"```.*?```", lambda m: LINK.sub(r"\1", m[0]), md, flags=re.S)
     return NESTED.sub(r"[\1\2\3](", md)
+
+# ---- formulas
+
+SIZED = re.compile(r"(\\[bB]ig+[lr]?\s*(?:[)\]|]|\\(?:[a-zA-Z]+|[}|])))\s*(?=[\^_])")
+
+def free_brackets(md:str) -> str:
+    "A bracket given a size by hand keeps it in browsers if no index hangs on it: the index hangs on nothing, beside it"
+    return SIZED.sub(r"\1{}", md)
 
 # ---- source below its signature
 
@@ -89,7 +98,7 @@ def to_headings(md:str, anchors:dict[str, set]) -> str:
 def lines_of(text:str) -> list[str]: return text.splitlines(True)        # quarto reads no other form
 
 def prose(md:str, anchors:dict[str, set]) -> list[str]:
-    return lines_of(link_papers(to_headings(plain_names(md), anchors)))
+    return lines_of(link_papers(to_headings(plain_names(free_brackets(md)), anchors)))
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -141,6 +141,13 @@ def test_numbers_of_papers_are_links(text, want):
     assert site_pages.link_papers(text) == (want or text)
     assert site_pages.link_papers(site_pages.link_papers(text)) == (want or text)
 
+@pytest.mark.parametrize("text, want", [
+    (r"\Big(x\Big)^{\!\top}e", r"\Big(x\Big){}^{\!\top}e"), (r"\bigl[x\bigr]_0^1", r"\bigl[x\bigr]{}_0^1"),
+    (r"\Big\lVert x\Big\rVert^2", r"\Big\lVert x\Big\rVert{}^2"), (r"\left(x\right)^2 \big(x\big) y^2", None)])
+def test_brackets_of_a_size_carry_no_index(text, want):
+    assert site_pages.free_brackets(text) == (want or text)
+    assert site_pages.free_brackets(want or text) == (want or text)
+
 def test_outputs_bring_no_scripts_of_others():
     rich = {"text/html": ["<pre style='color: red'>a</pre>\n"], "text/plain": ["\x1b[1ma\x1b[0m"]}
     table = {"text/html": "<table></table>", "text/plain": ["a"]}
