@@ -84,10 +84,10 @@ def test_three_models_of_one_size_and_what_they_cost_and_buy(tmp_path, quick, ca
     rows = D.demo(tmp_path/"out", 1, precision="fp32", lengths=(256, 64), results=tmp_path/"results")
     assert list(rows) == list(D.RUNS) == ["okadfa", "best", "baseline"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "costs +0.010 bits per byte" in said and "from 256 bytes on, 1.28x as fast at 256" in said
-    assert said.index("computing in fp32") < said.index("best form") < said.index("Longer texts") < said.index("costs")
+    assert "best form +0.010, OKADFA" in said and "from 256 bytes on, 1.28x as fast at 256" in said
+    assert said.index("computing in fp32") < said.index("best form") < said.index("Longer texts") < said.index("Beside")
     text = (tmp_path/"out"/"table.md").read_text()
-    assert "| 2.210 | +0.010 |" in text and "| 1.28x as fast | 2.56x as fast |" in text
+    assert "| 2.210 | +0.010 |" in text and "| 1.28x | 2.56x |" in text
     kept = D.read_rows(tmp_path/"results"/"demo.jsonl")
     assert [r["kind"] for r in kept] == ["demo"]*3 + ["panel"]*2 and [r["n"] for r in kept[3:]] == [64, 256]
 
@@ -132,7 +132,7 @@ def test_the_verdict_is_a_loss_where_it_is_one():
     assert "ahead of the baseline nowhere, 0.32x as fast at 64" in D.verdict(runs, [timed(64)])
     assert "at every length" in D.verdict(runs, [timed(256)])
     runs["best"][1]["bits_per_byte"] += .2
-    assert "+0.110 (+0.010 to +0.210) bits per byte" in D.verdict(runs, [])
+    assert "best form +0.110 (+0.010 to +0.210), OKADFA" in D.verdict(runs, [])
 
 def test_an_older_demonstration_is_replaced(tmp_path, quick):
     out = tmp_path/"out"
