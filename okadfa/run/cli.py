@@ -115,7 +115,8 @@ def _info():
               help="steps of each model  [default: what fits in about five minutes on two cores]")
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True,
               help="auto: bf16 where the machine multiplies in it, else fp32")
-@click.option("--lengths", default=None, help="bytes of the longer texts, with commas; none: no times  [default: 256 to 8192]")
+@click.option("--lengths", default=None,
+              help="bytes of the longer texts, with commas; none: no times  [default: 256 to 8192]")
 @click.option("--seed", type=int, default=0, show_default=True, help="of the models and the order of the text")
 @path_option("--results", help="append the measured rows to this folder's demo.jsonl")
 def _demo(out, steps, seed, precision, lengths, results):

@@ -212,8 +212,9 @@ def verdict(
 ) -> str:
     "In words: what the best form costs, what it buys, and from which length on"
     seeds = len(runs["best"])
-    said = (f"Beside the baseline's bits per byte: the best form {_range(costs(runs, 'best'))}, OKADFA as it was designed "
-            f"{_range(costs(runs, 'okadfa'))} ({seeds} seed{'s'*(seeds > 1)}).")
+    ours, designed = (_range(costs(runs, name)) for name in ("best", "okadfa"))
+    said = (f"Beside the baseline's bits per byte: the best form {ours}, OKADFA as it was designed {designed} "
+            f"({seeds} seed{'s'*(seeds > 1)}).")
     for what, word in _WHAT.items() if panel else ():
         found = by_length(panel, what, "baseline")
         first, (n, last) = ahead_from(found, "best"), max(found.items())
