@@ -223,6 +223,7 @@ def verdict(
                  f"at {n:,}.")
     return said
 
+# %% ../../nbs/run/67_demo.ipynb #ca8b1065
 def selection(
     runs:dict[str, dict[int, dict]],   # of `by_seed`
     panel:list[dict],                  # comparable rows
