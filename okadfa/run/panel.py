@@ -75,7 +75,7 @@ def measure_length(
     rounds:int=ROUNDS,             # in each, all models take their turn
     precision:str="fp32",          # of the training step; tokens are generated in fp32
     count:int=COUNT,               # tokens generated in a round
-) -> dict:                         # n; seconds of a step and of a token, name -> one a round; the share of others
+) -> dict:                         # n; seconds of a step and of a token, name -> one a round; the share of others; where
     "Time every model at one length, on CUDA where there is one"
     device, room = default_device(), n + count*(rounds + 1)
     ids = torch.randint(256, (1, n + 1), generator=torch.Generator().manual_seed(0)).to(device)
@@ -87,7 +87,9 @@ def measure_length(
         token = paired_times({k: _tokens(m.eval(), ids[:, :n], count) for k, m in models.items()}, rounds)
     if flushed: torch.set_flush_denormal(False)
     token = {name: [x/count for x in xs] for name, xs in token.items()}
-    return dict(n=n, step=step, token=token, precision=precision, others=others[0], threads=torch.get_num_threads())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return dict(n=n, step=step, token=token, precision=precision, others=others[0], device=name,
+                threads=torch.get_num_threads())
 
 # %% ../../nbs/run/95_panel.ipynb #c723ff8f
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def comparable(
     rows:list[dict],     # of kind "panel", oldest first
 ) -> list[dict]:         # those like the newest; if any are quiet, those only
     "The rows that may be put together: models, precision, threads and device as in the newest"
-    def setup(r): return r["models"], r["precision"], r["threads"], r["provenance"]["device"]
+    def setup(r): return r["models"], r["precision"], r["threads"], r["device"]
     like = [r for r in rows if setup(r) == setup(rows[-1])]
     return [r for r in like if r["others"] is not None and r["others"] <= QUIET] or like
 
