@@ -2013,6 +2013,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'okadfa.run.demo': { 'okadfa.run.demo.DemoRun': ('run/demo.html#demorun', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo._alignment': ('run/demo.html#_alignment', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo._below_the_top': ('run/demo.html#_below_the_top', 'okadfa/run/demo.py'),
+                                 'okadfa.run.demo._count': ('run/demo.html#_count', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo._files': ('run/demo.html#_files', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo._listed': ('run/demo.html#_listed', 'okadfa/run/demo.py'),
                                  'okadfa.run.demo._mark': ('run/demo.html#_mark', 'okadfa/run/demo.py'),

@@ -129,7 +129,7 @@ def test_rows_of_another_size_text_or_length_are_left_out():
     assert {name: list(x) for name, x in runs.items()} == dict.fromkeys(D.RUNS, [0, 1])
     assert all(r["bits_per_byte"] == BITS[name] for name, x in runs.items() for r in x.values())
     assert D.by_seed([r for r in old if r["run"] != "best"])["baseline"] == {}
-    assert "(0, 1)" in D.selection(runs, []) and "1 steps of 2,048 bytes" in D.selection(runs, [])
+    assert "(0, 1)" in D.selection(runs, []) and "1 step of 2,048 bytes" in D.selection(runs, [])
 
 def test_quiet_times_are_preferred_and_others_are_named():
     runs, noisy, quiet = D.by_seed(rows_of((0, 1))), timed(256, .8), [timed(64, .02), timed(256, .02)]
