@@ -241,8 +241,8 @@ def selection(
     busy = (f"other processes used at most {max(others):.0%} of the processors" if others else
             "what others used of the processors is not known")
     rounds = sum(len(r["step"]["best"]) for r in panel if r["n"] == panel[-1]["n"])
-    return (f"{said} Times: one sequence, {_count(panel[-1]['threads'], 'thread')}, {panel[-1]['precision']}, median of "
-            f"{_count(rounds, 'round')} in which the models take turns, quartiles in brackets; {busy}"
+    return (f"{said} Times: one sequence, {_count(panel[-1]['threads'], 'thread')}, {panel[-1]['precision']}, "
+            f"median of {_count(rounds, 'round')} in which the models take turns, quartiles in brackets; {busy}"
             f"{'' if others and max(others) <= QUIET else ', so these are no clean times'}.")
 
 def shown(rows:list[dict]) -> str:
