@@ -89,7 +89,7 @@ def demo_row(
 
 # %% ../../nbs/run/67_demo.ipynb #c0000009
 COLUMNS = dict(bits_per_byte=("bits per byte", "{:.3f}"), grad_cosine=("GradCosine", "{:.3f}"),
-               attn_sim=("AttnSim", "{:.3f}"), peak_mib=("peak memory (MiB)", "{:,.0f}"))
+               attn_sim=("AttnSim", "{:.3f}"))
 COLORS = dict(okadfa="C1", best="C0", baseline="black")
 
 # %% ../../nbs/run/67_demo.ipynb #cd1e2bdc
