@@ -93,7 +93,7 @@ def test_rows_say_where_they_come_from(name):
     rows = read_rows(ROOT/"results"/f"{name}.jsonl")
     assert rows
     for r in rows: assert r["provenance"]["commit"] and r["provenance"]["torch"] and r["provenance"]["device"]
-    if name in ("demo", "wikitext"): assert len({r["model"]["seed"] for r in rows}) >= 3
+    if name in ("demo", "wikitext"): assert len({r["model"]["seed"] for r in rows if "model" in r}) >= 3
 
 def test_the_simulator_is_within_a_tenth_of_every_schedule_measured():
     newest = {(r["microbatches"], r["variant"]): r for r in read_rows(ROOT/"results"/"pipeline.jsonl") if r["ok"]}

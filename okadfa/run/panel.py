@@ -75,7 +75,7 @@ def measure_length(
     rounds:int=ROUNDS,             # in each, all models take their turn
     precision:str="fp32",          # of the training step; tokens are generated in fp32
     count:int=COUNT,               # tokens generated in a round
-) -> dict:                         # n; seconds of a step and of a token, name -> one a round; the share of others; where
+) -> dict:                         # n; seconds of a step and of a token, name -> one a round; others; where
     "Time every model at one length, on CUDA where there is one"
     device, room = default_device(), n + count*(rounds + 1)
     ids = torch.randint(256, (1, n + 1), generator=torch.Generator().manual_seed(0)).to(device)
