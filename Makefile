@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py constraints.txt
 
 install: $(READY)  ## make .venv and install the package in it
 
-demo: $(READY)  ## train OKADFA beside its baseline on the embedded corpus, write runs/demo/
+demo: $(READY)  ## train three models on the embedded corpus, time them on longer texts, write runs/demo/
 	$(BIN)/okadfa demo --out runs/demo
 
 # One thread a worker: two workers with all the cores each spend most of their time waiting for one another.
@@ -53,8 +53,10 @@ bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	$(BIN)/okadfa benchmark spectral --out results
 
 SEEDS     ?= 0 1 2
-demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl
-	for s in $(SEEDS); do $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; done
+demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl; finished seeds are skipped
+	for s in $(SEEDS); do \
+	  test -e runs/demo-$$s || $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; \
+	done
 
 # DATA and TOKENIZER may be folders, where there is no network: make wikitext DATA=.../wikitext-2 TOKENIZER=.../gpt2-bpe
 DATA      ?= wikitext-2

@@ -1,8 +1,9 @@
 "Sinks and a sliding window beside features: against the quadratic definition, at every norm, in every shape"
 import pytest, torch
 import torch.nn.functional as F
-from okadfa.attention.estimators import make_features
+from okadfa.attention.estimators import NoFeatures, make_features
 from okadfa.attention.favor import FavorFeatures, FavorState, favor_attention, favor_attention_ref
+from okadfa.attention.window import near_attention_ref
 from okadfa.core import InputError, assert_rel
 from test_favor import Learned, Opaque, qkv
 
@@ -207,3 +208,24 @@ def test_a_model_with_window_and_sinks():
     assert torch.equal(model(ids)[:, :20], model(ids2)[:, :20])
     for bad in (dict(window=-1), dict(window=3, local=True), dict(sinks=2, mixer="softmax")):
         with pytest.raises(InputError): LMConfig(**size, **bad)
+
+@pytest.mark.parametrize("log", [-1e6, None])
+@pytest.mark.parametrize("exact", [dict(window=7, sinks=3), dict(sinks=3), dict(window=1)])
+@pytest.mark.parametrize("prompt", [0, 1, 25])
+def test_a_window_alone_is_decoded_without_a_state(log, exact, prompt, monkeypatch):
+    "Nothing is absorbed, and rows that are padded on the left give what they give alone"
+    from okadfa.attention import decode
+    monkeypatch.setattr(decode, "absorb", lambda *a: pytest.fail("something was absorbed"))
+    q, k, v = qkv(b=2, h=4, n=40, d_v=5); k, v = k[:, :2], v[:, :2]
+    f = NoFeatures(8) if log is None else NoFeatures(8, log)
+    ref, _ = near_attention_ref(q, *(x.repeat_interleave(2, 1) for x in (k, v)), **(dict(window=0) | exact))
+    state = FavorState(f, **exact)
+    out = [state.step(q[:, :, t], k[:, :, t], v[:, :, t])[:, :, None] for t in range(40)]
+    assert_rel("decoding", ref, torch.cat(out, 2), 1e-10)
+    if not prompt: return
+    monkeypatch.undo()
+    state, first = FavorState(f, **exact), torch.tensor([0, prompt - 1])
+    out = [state.prefill(*(x[:, :, :prompt] for x in (q, k, v)), first)]
+    out += [state.step(q[:, :, t], k[:, :, t], v[:, :, t])[:, :, None] for t in range(prompt, 40)]
+    alone = favor_attention(*(x[1:, :, prompt - 1:] for x in (q, k, v)), f, **exact)
+    assert_rel("padded", alone, torch.cat(out, 2)[1:, :, prompt - 1:], 1e-10)

@@ -174,9 +174,10 @@ def nobodys(state:RunningState, at:Tensor) -> Tensor|None:
 def step_window(state:RunningState, q:Tensor, k:Tensor, v1:Tensor) -> Tensor:
     "One position, exact for a window and sinks: q [b h g d], k [b h 1 d], v1 [b h 1 d_v+1] -> [b h g d_v+1]"
     n, w, device = state.n, state.window, k.device
+    alone = getattr(state.features, "empty", False)         # a map that holds nothing: no state to be kept up
     leaving = torch.arange(n - w, n - w + 1, device=device)
     old = (k, v1) if w == 0 else (x[:, :, n % w:n % w + 1] for x in (state.keys, state.values))
-    if n >= w and (w or state.first is not None or n >= state.sinks):
+    if n >= w and not alone and (w or state.first is not None or n >= state.sinks):
         state.s = absorb(state.maps, state.S, state.s, *old, nobodys(state, leaving))
     if w: state.keys[:, :, n % w], state.values[:, :, n % w] = k[:, :, 0], v1[:, :, 0]
     keep_sinks(state, k, v1, n)
@@ -184,6 +185,7 @@ def step_window(state:RunningState, q:Tensor, k:Tensor, v1:Tensor) -> Tensor:
     out = max(0, min(state.sinks, n - w + 1)) if state.first is None else state.sinks     # sinks to be read
     keys, values = (torch.cat([a[:, :, :known], b[:, :, :out]], 2) if out else a[:, :, :known]
                     for a, b in ((state.keys, state.sink_keys), (state.values, state.sink_values)))
+    if alone and state.first is None: return ((q @ keys.mT)*q.shape[-1]**-0.5).softmax(-1) @ values
     hide = None if state.first is None else _hidden_by_padding(state, n, known)
     return read(state.maps, state.S, state.s, q, keys, values, hide)[0]
 

@@ -84,6 +84,7 @@ class SpreadFeatures(FavorFeatures):
 # %% ../../nbs/attention/11_estimators.ipynb #c5ee0002
 class NoFeatures(ExponentialFeatures):
     "Nothing of the keys that are not known exactly"
+    empty = True               # nothing has to be kept for it while text is generated
     def __init__(self,
         d:int,                 # channels of a head
         log:float=NEVER,       # log weight of every key; -1e6 where chunks are exact

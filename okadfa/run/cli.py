@@ -113,17 +113,26 @@ def _info():
 @path_option("--out", default=Path("runs/demo"), show_default=True, help="folder of the demonstration")
 @click.option("--steps", type=int, default=None,
               help="steps of each model  [default: what fits in about five minutes on two cores]")
-@click.option("--seed", type=int, default=0, show_default=True, help="of both models and the order of the text")
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True,
+              help="auto: bf16 where the machine multiplies in it, else fp32")
+@click.option("--lengths", default=None,
+              help="bytes of the longer texts, with commas; none: no times  [default: 256 to 8192]")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the models and the order of the text")
 @path_option("--results", help="append the measured rows to this folder's demo.jsonl")
-def _demo(out, steps, seed, results):
-    """Train OKADFA and its baseline side by side on Python's own manual, and show what differs."""
+def _demo(out, steps, seed, precision, lengths, results):
+    """Train three models side by side on Python's own manual, then time them on longer texts.
+
+    The design as it was written (FAVOR+, direct feedback, penalty), the best form so far (exact window and sinks, half
+    a round of feedback), and the baseline (softmax, backpropagation): what each costs, what it buys, and where.
+    """
     from okadfa.run.demo import demo
-    demo(out, steps=steps, seed=seed, results=results)
+    chosen = {} if lengths is None else dict(lengths=() if lengths == "none" else read_list("lengths", lengths))
+    demo(out, steps=steps, seed=seed, results=results, precision=precision, **chosen)
 
 # %% ../../nbs/run/66_cli.ipynb #ce857e7f
 # A benchmark registers itself when its module is imported
 for _module in pkgutil.iter_modules(bench.__path__, "okadfa.bench."): importlib.import_module(_module.name)
-for _name in ("compression", "estimators"): importlib.import_module(f"okadfa.run.{_name}")
+for _name in ("compression", "estimators", "demo"): importlib.import_module(f"okadfa.run.{_name}")
 
 def _parameter(f):
     "An option for a field of a benchmark's settings, or an argument"
