@@ -21,7 +21,8 @@ def headers(md:str) -> list[str]:
     "Cells of the first lines of all tables"
     lines = md.splitlines()
     tops = [a for a, b in zip(lines, lines[1:]) if re.fullmatch(r"\|[ :\-|]+\|", b)]
-    return [cell.strip() for line in tops for cell in line.strip("|").split("|") if cell.strip()]
+    cells = [cell.strip() for line in tops for cell in line.strip("|").split("|")]
+    return [cell for cell in cells if cell and not re.fullmatch(r"[\d,]+ (bytes|tokens)", cell)]
 
 def legend(md:str) -> list[str]:
     "Words in italics, but for emphasis in a sentence and for this project's name"
@@ -31,7 +32,7 @@ EMPHASIS = "pretrained", "trained", "okadfa", "New here, as far as we know"
 
 def key(word:str) -> str:
     "A header as the glossary has it: without units, lengths and markup"
-    word = re.sub(r"\(.*?\)|[*`]|, [\d,]+ tokens$", "", word.replace("&nbsp;", " ")).strip().lower()
+    word = re.sub(r"\(.*?\)|[*`]|, [\d,]+ tokens$| at [\d,]+$", "", word.replace("&nbsp;", " ")).strip().lower()
     return re.sub(r"\s+", " ", word)
 
 GLOSSARY, REFERENCES = "glossary.ipynb", "references.ipynb"
