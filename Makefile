@@ -95,8 +95,8 @@ DEEP      ?= --d-model 64 --n-heads 2 --seq-len 128 --batch-size 4 --results res
 SHORT     ?= --steps 500 --diag-every 100 --lr 3e-3 --seeds 0
 depth: $(READY)   ## direct feedback in 6 to 96 blocks, beside backpropagation and frozen blocks; rows in results/depth/
 	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only diagonal+1 --lrs 1.5e-3,3e-3,6e-3 --tune-steps 300 --seeds 0
-	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only identity+2 --only identity+1 --lr 6e-3
-	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only frozen --only identity+half --lr 6e-3 --seeds 0
+	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only 'more units+1' --only identity+2 --only identity+1 --lr 6e-3
+	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only frozen --only identity+half --only half+1 --only units+1 --only 'bp shrunk' --lr 6e-3 --seeds 0
 	for L in 6 12 48 96; do $(BIN)/okadfa ablate rounds $(DEEP) $(SHORT) --n-layers $$L --only bp --only identity+2 --only identity+half || exit 1; done
 	$(BIN)/okadfa ablate change $(DEEP) --n-layers 24 --diag-every 200 --lr 6e-3 --seeds 0
 

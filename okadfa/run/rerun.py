@@ -138,8 +138,9 @@ def _depth_figure() -> dict[str, Experiment]:
     def deep(args): return _sweep(f"{args} {_DEEP}", "/depth")
     long, at = "--n-layers 24 --diag-every 200", "--steps 500 --diag-every 100 --lr 3e-3 --seeds 0"
     full = [deep(f"rounds {long} {_only('bp', 'diagonal+1')} --lrs 1.5e-3,3e-3,6e-3 --tune-steps 300 --seeds 0"),
-            deep(f"rounds {long} {_only('bp', 'identity+2', 'identity+1')} --lr 6e-3"),
-            deep(f"rounds {long} {_only('frozen', 'identity+half')} --lr 6e-3 --seeds 0"),
+            deep(f"rounds {long} {_only('bp', 'more units+1', 'identity+2', 'identity+1')} --lr 6e-3"),
+            deep(f"rounds {long} {_only('frozen', 'identity+half', 'half+1', 'units+1', 'bp shrunk')} "
+                 "--lr 6e-3 --seeds 0"),
             *(deep(f"rounds {at} --n-layers {n} {_only('bp', 'identity+2', 'identity+half')}")
               for n in (6, 12, 48, 96)),
             deep(f"change {long} --lr 6e-3 --seeds 0")]
