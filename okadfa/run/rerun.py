@@ -337,6 +337,7 @@ def _execute(words:list[str], source:Source, device:str, say:Callable) -> None:
     knows = source.full and words[0] in ("ablate", "probe")          # and rows may have come from elsewhere
     if not knows and note.exists() and (out is None or out.exists()): return
     env = os.environ | dict(COLUMNS="120") | (dict(CUDA_VISIBLE_DEVICES="") if device == "cpu" else {})
+    if not source.full: env.setdefault("OMP_NUM_THREADS", "1")              # tiny products are slower on several
     start, command = time.perf_counter(), [sys.executable, "-m", "okadfa.run.cli", *_go_on(words, out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
