@@ -240,9 +240,10 @@ def selection(
     others = [r["others"] for r in panel if r["others"] is not None]
     busy = (f"other processes used at most {max(others):.0%} of the processors" if others else
             "what others used of the processors is not known")
-    rounds = sum(len(r["step"]["best"]) for r in panel if r["n"] == panel[-1]["n"])
+    step, token = (max(len(x["best"]) for x in (r[what] for r in panel)) for what in _WHAT)
     return (f"{said} Times: one sequence, {_count(panel[-1]['threads'], 'thread')}, {panel[-1]['precision']}, "
-            f"median of {_count(rounds, 'round')} in which the models take turns, quartiles in brackets; {busy}"
+            f"of each length the quietest rows, medians of {step} steps and of {_count(token, 'round')} of bytes in which "
+            f"the models take turns, quartiles in brackets; {busy}"
             f"{'' if others and max(others) <= QUIET else ', so these are no clean times'}.")
 
 def shown(rows:list[dict]) -> str:
