@@ -2076,6 +2076,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'okadfa/run/evidence_credit.py'),
                                             'okadfa.run.evidence_credit._gaps': ( 'run/evidence_credit.html#_gaps',
                                                                                   'okadfa/run/evidence_credit.py'),
+                                            'okadfa.run.evidence_credit._map': ( 'run/evidence_credit.html#_map',
+                                                                                 'okadfa/run/evidence_credit.py'),
                                             'okadfa.run.evidence_credit.below_50': ( 'run/evidence_credit.html#below_50',
                                                                                      'okadfa/run/evidence_credit.py'),
                                             'okadfa.run.evidence_credit.deep': ( 'run/evidence_credit.html#deep',

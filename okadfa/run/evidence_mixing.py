@@ -222,7 +222,7 @@ def no_tokenizer(results) -> Finding:
 # %% ../../nbs/run/97_evidence_mixing.ipynb #c3088ab9
 def _small(results):
     "The quantized byte model nearest to a ratio of 5.33"
-    return min(results["quantize"], key=lambda r: abs(r["bytes"]/r["bytes_quantized"] - 16/3))
+    return min(find(results["quantize"]), key=lambda r: abs(r["bytes"]/r["bytes_quantized"] - 16/3))
 
 def error_at_ratio(results) -> Finding:
     "Relative error of the worst matrix"

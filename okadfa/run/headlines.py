@@ -57,7 +57,7 @@ CREDIT = dict(
         credit.gap("random", "identity"), 0., "at least", "{:.0%}", "ablate", "rules"),
     identity=_ours("Identity feedback closes half of the gap to backpropagation",
         credit.gap("identity", "random", "calibrated"), .5, "at least", "{:.0%}", "ablate", "rules"),
-    half=_ours("Half a round of corrections closes four fifths of the gap",
+    half=_ours("Half a round of corrections closes 80% of the gap to backpropagation",
         credit.gap("identity+half", "identity", "identity+1"), .8, "at least", "{:.0%}", "ablate", "rules"),
     rounds=_ours("Two rounds end within 1% of backpropagation's loss (ratio)",
         credit.two_rounds, 1.01, "at most", "{:.3f}", "ablate", "rules"),
