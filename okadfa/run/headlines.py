@@ -51,6 +51,8 @@ def _ours(statement, measure, aim, sense, form, files, page):
 CREDIT = dict(
     price=_ours("Kernel attention and direct feedback together cost less than 0.05 bits per byte",
         credit.price, .05, "at most", "{:+.3f}", "demo", "demo"),
+    best=_ours("An exact window and half a round together cost less than 0.05 bits per byte",
+        credit.best_price, .05, "at most", "{:+.3f}", "demo", "demo"),
     between=_ours("Direct feedback between blocks costs nothing in 150 steps (bits per byte)",
         credit.free_between_blocks, 0., "at most", "{:+.3f}", "ablate", "ablation"),
     random=_ours("Random feedback teaches the lower blocks something (gap to backpropagation closed)",
@@ -62,7 +64,9 @@ CREDIT = dict(
     rounds=_ours("Two rounds end within 1% of backpropagation's loss (ratio)",
         credit.two_rounds, 1.01, "at most", "{:.3f}", "ablate", "rules"),
     depth=_ours("Two rounds do so in the deepest long run, too (ratio)",
-        credit.deep, 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
+        credit.deep("identity+2", "frozen", "identity+1"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"),
+    deep_round=_ours("One round that carries a quarter of every MLP's units does so, too (ratio)",
+        credit.deep("more units+1", "identity+1", "identity+2"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
 
 # %% ../../nbs/run/98_headlines.ipynb #c7299ad4
 CREDIT |= dict(
@@ -110,7 +114,8 @@ BYTES = dict(
         mixing.weights("q4_k", 4.5), 0., "at most", "{:+.1%}", "weights", "probe"))
 
 CLAIMS = EARLIER | CREDIT | ATTENTION | BYTES
-FRONT = ("price identity rounds depth carried regions features landmarks speed_32768 spectral zpaq compression").split()
+FRONT = ("price best identity rounds depth deep_round carried regions features landmarks speed_32768 spectral zpaq "
+         "compression").split()
 
 # %% ../../nbs/run/98_headlines.ipynb #c513a92d
 def front_table(
