@@ -57,13 +57,14 @@ def test_both_front_pages_have_the_same_order(page):
     assert -1 not in places and places == sorted(places), dict(zip(marks, places))
 
 def test_readme_is_short():
-    assert len((ROOT/"README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT/"README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 def test_markers_of_the_readme_are_filled_by_a_notebook():
     "A table asks for its text by a marker, and some figure writes it"
     markers = re.findall(r"<!-- (\w+): written", (ROOT/"README.md").read_text(encoding="utf-8"))
     code = "\n".join(source(c) for p in (NBS/"figures").glob("*.ipynb") for c in load(p)["cells"])
-    assert markers and all(f'README.md", "{m}"' in code for m in markers), markers
+    filled = set(re.findall(r'(?:README\.md", |here\.fill\()"(\w+)"', code))
+    assert markers and not set(markers) - filled
 
 def test_unanswered_questions_are_found(tmp_path):
     page = tmp_path/"page.md"; page.write_text("# Nothing\n")

@@ -39,11 +39,7 @@ FIGURES = sorted(p.relative_to(NBS) for p in (NBS/"figures").glob("fig_*.ipynb")
 
 # Figures that no row knows, with the reason. A new one needs a reason, too.
 CONSTANTS = {
-    "README.md": {"3.11": "the oldest Python", "2.0": "the licence"},
-    "figures/fig_estimators.ipynb": {"0.95": "the aim of the estimators, not a measurement"}}
-
-# Notebooks whose section still holds figures typed by hand; each leaves this list once its cells print them.
-PENDING = ("fig_ablation", "fig_bytes", "fig_depth", "fig_spectral", "fig_tokens")
+    "README.md": {"3.11": "the oldest Python", "2.0": "the licence"}}
 
 def by_hand(page:str, text:str) -> list[str]: return [x for x in measured(text) if x not in CONSTANTS.get(page, {})]
 
@@ -54,9 +50,7 @@ def test_front_page_has_no_figure_by_hand():
     text = "\n\n".join(source(c) for c in load(Path("index.ipynb"))["cells"] if c["cell_type"] == "markdown")
     assert by_hand("index.ipynb", text) == []
 
-@pytest.mark.parametrize("nb", [
-    pytest.param(nb, marks=pytest.mark.xfail(reason="to be printed by its cells", strict=False))
-    if nb.stem in PENDING else nb for nb in FIGURES], ids=str)
+@pytest.mark.parametrize("nb", FIGURES, ids=str)
 def test_nothing_to_remember_is_typed_by_hand(nb): assert by_hand(str(nb), to_remember(nb)) == []
 
 def test_constants_are_there():

@@ -65,7 +65,7 @@ CREDIT = dict(
         credit.two_rounds, 1.01, "at most", "{:.3f}", "ablate", "rules"),
     depth=_ours("Two rounds do so in the deepest long run, too (ratio)",
         credit.deep("identity+2", "frozen", "identity+1"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"),
-    deep_round=_ours("One round that carries a quarter of every MLP's units does so, too (ratio)",
+    deep_round=_ours("One round that carries 64 of every MLP's 256 units does so, too (ratio)",
         credit.deep("more units+1", "identity+1", "identity+2"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
 
 # %% ../../nbs/run/98_headlines.ipynb #c7299ad4
