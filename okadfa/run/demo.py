@@ -242,8 +242,8 @@ def selection(
             "what others used of the processors is not known")
     step, token = (max(len(x["best"]) for x in (r[what] for r in panel)) for what in _WHAT)
     return (f"{said} Times: one sequence, {_count(panel[-1]['threads'], 'thread')}, {panel[-1]['precision']}, "
-            f"of each length the quietest rows, medians of {step} steps and of {_count(token, 'round')} of bytes in which "
-            f"the models take turns, quartiles in brackets; {busy}"
+            f"of each length the quietest rows, medians of {step} steps and of {_count(token, 'round')} of bytes in "
+            f"which the models take turns, quartiles in brackets; {busy}"
             f"{'' if others and max(others) <= QUIET else ', so these are no clean times'}.")
 
 def shown(rows:list[dict]) -> str:

@@ -97,7 +97,7 @@ def measure_length(
 class LengthSettings:
     "Which texts are timed, and how. Raises `InputError` for numbers below 1"
     n:tuple[int, ...] = option(LENGTHS, "bytes of the texts")
-    rounds:int = option(ROUNDS, "rounds of steps, in each of which all models take their turn; of tokens, 5 times as many")
+    rounds:int = option(ROUNDS, "rounds of steps, in which all models take their turn; of tokens 5 times as many")
     precision:str = option("auto", "of training steps", choices=PRECISIONS)
 
     def __post_init__(self): check_positive(self, "n", "rounds"); check_choices(self)
