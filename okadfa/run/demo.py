@@ -94,15 +94,15 @@ COLORS = dict(okadfa="C1", best="C0", baseline="black")
 
 # %% ../../nbs/run/67_demo.ipynb #cd1e2bdc
 def plot(
-    rows:dict[str, dict],      # run -> row of `demo_row`
-    panel:list[dict],          # rows of kind "panel"; none: two pictures only
+    runs:dict[str, dict[int, dict]],   # run -> seed -> row of `demo_row`
+    panel:list[dict],                  # rows of kind "panel"; none: two pictures only
 ):                             # a matplotlib figure
     "Losses and gradients above; below, time against length"
     from matplotlib.figure import Figure
     with _phone():
         fig = Figure(figsize=(7, 6.6 if panel else 3.6), layout="constrained")
         axes = fig.subplots(2 if panel else 1, 2, squeeze=False)
-        _plot_training(*axes[0], rows)
+        _plot_training(*axes[0], runs)
         if panel: _plot_panel(axes[1], comparable(panel))
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", frameon=False)
     return fig
@@ -112,20 +112,30 @@ def _phone():
     import matplotlib
     return matplotlib.rc_context({"font.size": 12, "axes.titlesize": 12.5, "lines.linewidth": 1.8})
 
-def _plot_training(left, right, rows:dict) -> None:
-    for name, r in rows.items():
-        more = [(t, (x - base)/math.log(2)) for (t, x), (_, base) in zip(r["loss"], rows["baseline"]["loss"])]
-        left.plot(*zip(*_smooth(more, max(1, len(more)//20))), "-", label=RUNS[name].title, color=COLORS[name])
-        worst = [(step, min(cosines)) for step, cosines in _below_the_top(r["alignment"])]
-        right.plot(*zip(*worst), "o-", ms=4, color=COLORS[name])
+# %% ../../nbs/run/67_demo.ipynb #cabfd151
+def _plot_training(left, right, runs:dict) -> None:
+    for name, x in runs.items():
+        more = [_smooth(_above(r, runs["baseline"][s]), max(1, len(r["loss"])//20)) for s, r in x.items()]
+        _band(left, more, COLORS[name], label=RUNS[name].title)
+        _band(right, [_worst(r["alignment"]) for r in x.values()], COLORS[name], marker="o", ms=4)
     left.set(title="training loss, bits per byte\nmore than the baseline", xlabel="step")
     right.set(title="gradient cosine,\nworst block below the top", xlabel="step")
     low, _ = right.get_ylim(); right.set_ylim(low, 1 + (1 - low)/20)
 
-def _below_the_top(alignment:dict) -> list:
-    "(step, cosine of every block below the top), step by step; the top block's is 1 by construction"
+def _band(ax, curves:list[list], color:str, **line) -> None:
+    "The mean of the seeds' curves as a line, the least and the most as a band"
+    steps, values = [t for t, _ in curves[0]], list(zip(*([x for _, x in c] for c in curves)))
+    ax.plot(steps, [statistics.fmean(x) for x in values], color=color, **line)
+    ax.fill_between(steps, *([f(x) for x in values] for f in (min, max)), color=color, alpha=.2, lw=0)
+
+def _above(r:dict, baseline:dict) -> list:
+    "Bits per byte of the training loss that a run has more than the baseline's, step by step"
+    return [(t, (x - base)/math.log(2)) for (t, x), (_, base) in zip(r["loss"], baseline["loss"])]
+
+def _worst(alignment:dict) -> list:
+    "The smallest cosine below the top block, whose own is 1 by construction, step by step"
     lower = list(alignment.values())[:-1] or list(alignment.values())
-    return [(points[0][0], [x for _, x in points]) for points in zip(*lower)]
+    return [(points[0][0], min(x for _, x in points)) for points in zip(*lower)]
 
 # %% ../../nbs/run/67_demo.ipynb #c345516a
 def _plot_panel(axes, panel:list[dict]) -> None:
@@ -134,10 +144,10 @@ def _plot_panel(axes, panel:list[dict]) -> None:
         for name in RUNS:
             low, mid, high = ([1e3*x[name][0][k] for x in found.values()] for k in ("q1", "median", "q3"))
             ax.plot(list(found), mid, "o-", ms=4, color=COLORS[name])
-            ax.fill_between(list(found), low, high, color=COLORS[name], alpha=.2)
+            ax.fill_between(list(found), low, high, color=COLORS[name], alpha=.2, lw=0)
         ax.set(xscale="log", xlabel="bytes of text", title=title)
         ax.set_xticks(list(found)[::2], [f"{n:,}" for n in list(found)[::2]]); ax.minorticks_off()
-        if what == "token": ax.set_ylim(0)
+        if what == "token": ax.set_ylim(0, 1.4e3*max(x[name][0]["median"] for x in found.values() for name in RUNS))
         else: ax.set_yscale("log"); ax.yaxis.set_major_formatter("{x:,.0f}")
 
 # %% ../../nbs/run/67_demo.ipynb #c000000b
@@ -325,7 +335,7 @@ def _report(runs:dict, panel:list[dict], samples:str, out:Path, console) -> None
 
 def _write(part:Path, runs:dict, panel:list[dict], samples:str) -> None:
     "What a demonstration leaves beside its runs"
-    plot({name: next(iter(x.values())) for name, x in runs.items()}, panel).savefig(part/"demo.png", dpi=150)
+    plot(runs, panel).savefig(part/"demo.png", dpi=150)
     (part/"samples.txt").write_text(samples)
     tables = [summary_table(runs, panel), *([panel_table(panel)] if panel else [])]
     (part/"table.md").write_text("\n".join([*tables, verdict(runs, panel), "", selection(runs, panel), ""]))
