@@ -52,13 +52,8 @@ bench: $(READY)  ## run every benchmark of this machine, append rows to results/
 	$(BIN)/okadfa benchmark attention --n 65536 --what training --variants favor --out results
 	$(BIN)/okadfa benchmark spectral --out results
 
-SEEDS     ?= 0 1 2
-demo-rows: $(READY)  ## the demonstration with three seeds, rows appended to results/demo.jsonl; finished seeds are skipped
-	for s in $(SEEDS); do \
-	  test -e runs/demo-$$s || $(BIN)/okadfa demo --out runs/demo-$$s --seed $$s --results results || exit 1; \
-	done
-
 # DATA and TOKENIZER may be folders, where there is no network: make wikitext DATA=.../wikitext-2 TOKENIZER=.../gpt2-bpe
+SEEDS     ?= 0 1 2
 DATA      ?= wikitext-2
 TOKENIZER ?= gpt2
 WIKITEXT  := --data $(DATA) --tokenizer $(TOKENIZER) --preset tiny --steps 100 --batch-size 16 --lr 2e-3 --results results/wikitext.jsonl
@@ -90,15 +85,9 @@ ablate: $(READY)  ## every credit rule, then the six arms, three seeds, rows app
 	$(BIN)/okadfa ablate rules --lrs $(LRS)
 	$(BIN)/okadfa ablate arms
 
-# Some hours on two cores, to be stopped and started as `make ablate`
-DEEP      ?= --d-model 64 --n-heads 2 --seq-len 128 --batch-size 4 --results results/depth --runs runs/depth
-SHORT     ?= --steps 500 --diag-every 100 --lr 3e-3 --seeds 0
+# Some hours on two cores, to be stopped and started as `make ablate`; the commands are those of fig_depth
 depth: $(READY)   ## direct feedback in 6 to 96 blocks, beside backpropagation and frozen blocks; rows in results/depth/
-	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only diagonal+1 --lrs 1.5e-3,3e-3,6e-3 --tune-steps 300 --seeds 0
-	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only bp --only 'more units+1' --only identity+2 --only identity+1 --lr 6e-3
-	$(BIN)/okadfa ablate rounds $(DEEP) --n-layers 24 --diag-every 200 --only frozen --only identity+half --only half+1 --only units+1 --only 'bp shrunk' --lr 6e-3 --seeds 0
-	for L in 6 12 48 96; do $(BIN)/okadfa ablate rounds $(DEEP) $(SHORT) --n-layers $$L --only bp --only identity+2 --only identity+half || exit 1; done
-	$(BIN)/okadfa ablate change $(DEEP) --n-layers 24 --diag-every 200 --lr 6e-3 --seeds 0
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from okadfa.run.rerun import rerun; rerun("fig_depth", root=".")'
 
 # A CUDA machine may have its own Python with torch and no room for another: make gpu PYTHON=python3
 PYTHON ?= $(BIN)/python
@@ -122,4 +111,4 @@ clean:     ## remove what the other targets made, .venv excepted
 	rm -rf runs _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help install demo test docs pages bench demo-rows wikitext bytes weights ablate depth gpu figures clean
+.PHONY: help install demo test docs pages bench wikitext bytes weights ablate depth gpu figures clean

@@ -13,12 +13,13 @@ import site_pages
 @dataclass
 class Report:
     "What was counted and what is wrong"
+    of:str = "docs"
     pages:int = 0
     links:int = 0
     images:int = 0
     problems:list[str] = field(default_factory=list)
     def __str__(self):
-        return f"docs: {self.pages} pages, {self.links} links, {self.images} images, {len(self.problems)} problems"
+        return f"{self.of}: {self.pages} pages, {self.links} links, {self.images} images, {len(self.problems)} problems"
 
 # ---- reading a processed notebook
 

@@ -6,23 +6,13 @@ text, requests that leave the page, links and anchors that lead nowhere, picture
 screen, text without contrast, errors in the console. Where there is no browser it says so, with exit code 0."""
 import argparse, json, mimetypes, re, shutil, sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+from docs_check import Report
 
 HOST = "http://okadfa.invalid"          # answered from the folder; nothing is ever asked of a network
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
-
-@dataclass
-class Report:
-    "What was counted and what is wrong"
-    pages:int = 0
-    links:int = 0
-    images:int = 0
-    problems:list[str] = field(default_factory=list)
-    def __str__(self):
-        return f"pages: {self.pages} pages, {self.links} links, {self.images} images, {len(self.problems)} problems"
 
 def why_not() -> str|None:
     "Why no page can be looked at here, or None"
@@ -125,7 +115,7 @@ def search_problems(site:Site) -> list[str]:
 
 def check_pages(root:Path, glob:str="**/*.html", shots:Path|None=None, say=lambda s: None, chromium=None) -> Report:
     "Look at every page of a site, in a browser of its own or in the one given"
-    site, rep = Site(root), Report()
+    site, rep = Site(root), Report("pages")
     files = [f for f in sorted(root.glob(glob)) if "site_libs" not in f.parts]
     if shots: shots.mkdir(parents=True, exist_ok=True)
     looked = {}

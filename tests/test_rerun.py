@@ -9,7 +9,7 @@ from okadfa.run.ablate import choose_rules
 from okadfa.run.cli import cli
 from okadfa.run.rerun import QUICK_NOTE, Job, experiments, rerun
 
-FREE = "fig_demo", "fig_claims", "fig_runs"        # one has its own command, two run nothing
+FREE = "fig_claims", "fig_runs"        # run nothing
 FIGURES = sorted(p.stem for p in (ROOT/"nbs"/"figures").glob("fig_*.ipynb") if p.stem not in FREE)
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -31,9 +31,6 @@ def exported(nb:dict) -> list[tuple[int, dict]]:
     "(place, cell) of every cell that goes into the package"
     return [(i, c) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code" and EXPORT.search(source(c))]
 
-# Not broken yet: an entry may go, none may come
-WIDE = "figures/fig_depth.ipynb", "index.ipynb"
-
 def cell_problems(nb:dict, limit:int, shown:int=LIMITS["shown"]) -> list[str]:
     "What of a notebook cannot be read at a sitting, or does not fit its line"
     bad = []
@@ -60,8 +57,7 @@ def long_lines(text:str, limit:int=LIMITS["line"]) -> list[str]:
 @pytest.mark.parametrize("nb", notebooks(), ids=str)
 def test_cells_and_lines_of_a_notebook(nb):
     limit = LIMITS["kernel_cell" if nb.parts[0] == "kernels" else "cell"]
-    wide = nb.as_posix() in WIDE
-    bad = cell_problems(load(nb), limit, LIMITS["line" if wide else "shown"])
+    bad = cell_problems(load(nb), limit)
     assert not bad, f"nbs/{nb}\n" + "\n".join(bad)
 
 def test_most_cells_are_short():

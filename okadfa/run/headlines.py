@@ -65,8 +65,8 @@ CREDIT = dict(
         credit.two_rounds, 1.01, "at most", "{:.3f}", "ablate", "rules"),
     depth=_ours("Two rounds do so in the deepest long run, too (ratio)",
         credit.deep("identity+2", "frozen", "identity+1"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"),
-    deep_round=_ours("One round that carries 64 of every MLP's 256 units does so, too (ratio)",
-        credit.deep("more units+1", "identity+1", "identity+2"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
+    deep_round=_ours("One round that carries 64 of every MLP's 256 units ends within 1% of it in 24 blocks (ratio)",
+        credit.deep("64 units+1", "identity+1", "identity+2"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
 
 # %% ../../nbs/run/98_headlines.ipynb #c7299ad4
 CREDIT |= dict(
@@ -78,7 +78,7 @@ CREDIT |= dict(
         credit.step(1), 1., "at most", "{:.2f}", "pipeline", "regions"),
     step_4=_ours("Direct feedback shortens a pipeline's step with four microbatches (share of the time)",
         credit.step(4), 1., "at most", "{:.2f}", "pipeline", "regions"),
-    regions=_ours("Rounds are the fastest way to equal loss on many devices with few microbatches (times)",
+    regions=_ours("Rounds are the fastest way to equal loss on 8 devices or more, with 4 or more a microbatch (times)",
         credit.regions, 1., "at least", "{:.2f}", "ablate", "regions"))
 
 # %% ../../nbs/run/98_headlines.ipynb #c4736344
@@ -114,8 +114,8 @@ BYTES = dict(
         mixing.weights("q4_k", 4.5), 0., "at most", "{:+.1%}", "weights", "probe"))
 
 CLAIMS = EARLIER | CREDIT | ATTENTION | BYTES
-FRONT = ("price best identity rounds depth deep_round carried regions features landmarks speed_32768 spectral zpaq "
-         "compression").split()
+FRONT = ("price best identity rounds deep_round carried regions features landmarks adapted speed_32768 spectral "
+         "zpaq compression").split()
 
 # %% ../../nbs/run/98_headlines.ipynb #c513a92d
 def front_table(

@@ -134,15 +134,17 @@ def _credit_figures() -> dict[str, Experiment]:
 _DEEP = "--d-model 64 --n-heads 2 --seq-len 128 --batch-size 4"
 
 def _depth_figure() -> dict[str, Experiment]:
-    "What `make depth` runs, and the same in three blocks"
+    "Direct feedback in 6 to 96 blocks, which `make depth` runs, and the same in three blocks"
     def deep(args): return _sweep(f"{args} {_DEEP}", "/depth")
     long, at = "--n-layers 24 --diag-every 200", "--steps 500 --diag-every 100 --lr 3e-3 --seeds 0"
-    full = [deep(f"rounds {long} {_only('bp', 'diagonal+1')} --lrs 1.5e-3,3e-3,6e-3 --tune-steps 300 --seeds 0"),
-            deep(f"rounds {long} {_only('bp', 'more units+1', 'identity+2', 'identity+1')} --lr 6e-3"),
-            deep(f"rounds {long} {_only('frozen', 'identity+half', 'half+1', 'units+1', 'bp shrunk')} "
-                 "--lr 6e-3 --seeds 0"),
+    rates, grown = "1.5e-3,3e-3,6e-3", "--n-layers 24 --data {data} --steps 16000 --diag-every 500"
+    full = [deep(f"rounds {long} {_only('bp', 'diagonal+1')} --lrs {rates} --tune-steps 300 --seeds 0"),
+            deep(f"rounds {long} {_only('bp', '64 units+1', 'identity+2', 'identity+1')} --lr 6e-3"),
+            deep(f"rounds {long} {_only('frozen', 'identity+half')} --lrs {rates} --tune-steps 300 --seeds 0"),
+            deep(f"rounds {long} {_only('identity', 'half+1', '32 units+1', 'bp shrunk')} --lr 6e-3 --seeds 0"),
             *(deep(f"rounds {at} --n-layers {n} {_only('bp', 'identity+2', 'identity+half')}")
               for n in (6, 12, 48, 96)),
+            deep(f"rounds {grown} {_only('bp')} --lr 6e-3 --seeds 0"),
             deep(f"change {long} --lr 6e-3 --seeds 0")]
     small = f"{_SMALL} --n-layers 3 {_only('bp', 'identity+half', 'identity+1', 'diagonal+1', 'identity+2')}"
     return dict(fig_depth=Experiment(tuple(full), (_sweep(f"rounds {small}", "/depth"),)))
@@ -232,7 +234,8 @@ def _probe_figure() -> dict[str, Experiment]:
 
 def _demo_figure() -> dict[str, Experiment]:
     def demo(seed): return f"demo --out {{runs}}/demo-{seed} --seed {seed} --results {{results}}"
-    return dict(fig_demo=Experiment(tuple(Job(demo(s)) for s in range(3)), (), "its quick form is `make demo`"))
+    quick = Job(f"{demo(0)} --steps 8 --lengths 64,128")
+    return dict(fig_demo=Experiment(tuple(Job(demo(s)) for s in range(3)), (quick,)))
 
 # %% ../../nbs/run/99_rerun.ipynb #c576a8dd
 def experiments() -> dict[str, Experiment]:

@@ -120,8 +120,10 @@ def carried_rounds() -> dict[str, Rule]:
     for r in (1, 2):
         rule = found[f"identity+{r}"] = rules[f"identity+{r}"]
         found[f"diagonal+{r}"] = rule.but(f"{rule.title}, MLPs' diagonal and secants", **DIAGONAL)
-        for name, units in (("units", 32), ("more units", 64)):
-            found[f"{name}+{r}"] = rule.but(f"{rule.title}, {units} units of each MLP carried", units=units)
+        found[f"units+{r}"] = rule.but(f"{rule.title}, 32 units of each MLP too", units=32, **DIAGONAL)
+    for units in (32, 64):
+        title = f"identity, 1 round, {units} units of each MLP carried"
+        found[f"{units} units+1"] = found["identity+1"].but(title, units=units)
     found["half+1"] = found["identity+half"].but("identity, half a round and 1 more", rounds=1)
     shrunk = {f"{name} shrunk": rule.but(f"{rule.title}, branches by {SHRUNK}", branch_scale=_shrunk)
               for name, rule in found.items() if name not in ("frozen", *local)}
