@@ -113,7 +113,7 @@ def test_the_models_differ_in_nothing_but_what_is_compared():
         assert words[words.index("--mixer") + 1] == made[name].mixer
 
 @pytest.mark.parametrize("given,says", [(dict(precision="fp16"), "precision must be"),
-                                        (dict(lengths=(64, 0)), "n must be one or more"),
+                                        (dict(lengths=(64, 0)), "lengths must be at least 1"),
                                         (dict(steps=0), "steps must be")])
 def test_bad_choices_are_refused_before_anything_is_written(tmp_path, no_training, given, says):
     with pytest.raises(InputError, match=says): D.demo(tmp_path/"out", **given)

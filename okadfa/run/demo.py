@@ -371,6 +371,7 @@ def demo(
     refuse_empty(out=out, results=results)
     out, steps, console = Path(out), STEPS if steps is None else steps, Console()
     if steps < 1: raise InputError(f"steps must be at least 1, got {steps}")
+    if min(lengths, default=1) < 1: raise InputError(f"lengths must be at least 1, got {min(lengths)}")
     times = LengthSettings(lengths, precision=precision) if lengths else None        # refuses what cannot be
     if not out.name: raise InputError(f"{out} has no name of its own: choose another --out")
     chosen, part = choose_precision(precision), out.with_name(out.name + ".part")

@@ -17,9 +17,9 @@ from .summary import select
 def similarity(results) -> Finding:
     "Row cosine of FAVOR+ to softmax in the model that was trained with it"
     rows = list(by_seed(find(results["wikitext"], mixer="favor", credit="dfa")).values())
-    near = {r["name"]: r["readings"]["causal"]["mean"] for r in results["estimators"]}
-    one = results["estimators"][-1]
-    control = (f"on a softmax model's queries and keys, m = {one['m']}: FAVOR+ {near['favor+']:.2f}, closed form "
+    most = max(r["m"] for r in results["estimators"])
+    near = {r["name"]: r["readings"]["causal"]["mean"] for r in results["estimators"] if r["m"] == most}
+    control = (f"on a softmax model's queries and keys, m = {most}: FAVOR+ {near['favor+']:.2f}, closed form "
                f"{near['derf']:.2f}, learnt map {near['hedgehog']:.3f}")
     return Finding(over_seeds(r["attn_sim"] for r in rows), rows, control, size(rows[0]))
 

@@ -202,6 +202,7 @@ def _attention_figures() -> dict[str, Experiment]:
              Job(f"{few} --n 128 --what memory --variants sdpa,favor"))),
         fig_estimators=Experiment(
             (_wikitext(0)[1], Job(f"{judge} --data {{data}} --tokenizer {{tokenizer}}"),
+             Job(f"{judge} --data {{data}} --tokenizer {{tokenizer}} --m 128"),
              _sweep(f"estimators {near} {trained}"), _sweep(f"estimators {_only('hedgehog')} {trained} --seeds 0"),
              _sweep(f"{recall} {asked}")),
             (_small_wikitext()[1],
