@@ -112,12 +112,12 @@ def free_between_blocks(results) -> Finding:
 def deep(rule, *beside):
     "A measure: a rule's loss over backpropagation's in the deepest long runs, with other rules as controls"
     def measure(results) -> Finding:
-        rows = find(results["depth/ablate"], sweep="rounds")
+        rows = find(results["depth/ablate"], sweep="rounds", data="embedded")
         most = max((r["steps"], r["model"]["n_layers"]) for r in rows)
         runs = select([r for r in rows if (r["steps"], r["model"]["n_layers"]) == most], "rounds")
         if not {"bp", rule} <= runs.keys(): raise LookupError(f"no rows of {rule}")
         def ratios(rule): return [r["nats"]/runs["bp"][s]["nats"] for s, r in runs[rule].items() if s in runs["bp"]]
-        said = ", ".join(f"{titles_of('rounds')[x]} {mean(ratios(x)):.3f}" for x in beside if x in runs and ratios(x))
+        said = "; ".join(f"{titles_of('rounds')[x]} {mean(ratios(x)):.3f}" for x in beside if x in runs and ratios(x))
         if "frozen" not in runs: said += "; frozen blocks were not run at this depth"
         found = [r for s, r in runs[rule].items() if s in runs["bp"]]
         scope = f"{size(found[0])}, worst block {min(r['worst_block'] for r in found):.2f}"

@@ -66,7 +66,8 @@ CREDIT = dict(
     depth=_ours("Two rounds do so in the deepest long run, too (ratio)",
         credit.deep("identity+2", "frozen", "identity+1"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"),
     deep_round=_ours("One round that carries 64 of every MLP's 256 units ends within 1% of it in 24 blocks (ratio)",
-        credit.deep("64 units+1", "identity+1", "identity+2"), 1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
+        credit.deep("64 units+1", "frozen", "identity+half", "half+1", "identity+2"),
+        1.01, "at most", "{:.3f}", "depth/ablate", "depth"))
 
 # %% ../../nbs/run/98_headlines.ipynb #c7299ad4
 CREDIT |= dict(
