@@ -141,7 +141,8 @@ def _depth_figure() -> dict[str, Experiment]:
     full = [deep(f"rounds {long} {_only('bp', 'diagonal+1')} --lrs {rates} --tune-steps 300 --seeds 0"),
             deep(f"rounds {long} {_only('bp', '64 units+1', 'identity+2', 'identity+1')} --lr 6e-3"),
             deep(f"rounds {long} {_only('frozen', 'identity+half')} --lrs {rates} --tune-steps 300 --seeds 0"),
-            deep(f"rounds {long} {_only('identity', 'half+1', '32 units+1', 'bp shrunk')} --lr 6e-3 --seeds 0"),
+            deep(f"rounds {long} {_only('identity', 'local', 'local-shared')} --lr 6e-3 --seeds 0"),
+            deep(f"rounds {long} {_only('half+1', '32 units+1', 'bp shrunk')} --lr 6e-3 --seeds 0"),
             *(deep(f"rounds {at} --n-layers {n} {_only('bp', 'identity+2', 'identity+half')}")
               for n in (6, 12, 48, 96)),
             deep(f"rounds {grown} {_only('bp')} --lr 6e-3 --seeds 0"),
